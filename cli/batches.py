@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import batch_service_pb2 as pb
+from outbox.v1.batch_pb2 import Batch
 
 from outbox_server.cli.change_options import GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.follow import follow_to_end
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Filtering, Paging, User
+from outbox_server.cli.options import (
+    Filtering,
+    Paging,
+    Until,
+    User,
+    read_duration,
+    read_time,
+    text_or_file,
+    to_duration,
+    to_timestamp,
+)
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -36,7 +50,9 @@ _COLUMNS = (
 REJECTION_COLUMNS = ("row_number", "column", "reason", "message")
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Show, watch and cancel batches."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Show, watch, pause, change and cancel batches.",
 )
 
 BatchId = Annotated[str, typer.Argument(metavar="BATCH_ID")]
@@ -107,6 +123,118 @@ def rejections(
     with connection("scheduler", server) as client:
         page = pages(client.batches.ListRejections, request, "rejections", paging)
     show_list(page, "rejections", REJECTION_COLUMNS, output, what="rejections")
+
+
+@app.command()
+@with_option_groups
+def pause(
+    batch_id: BatchId,
+    *,
+    user: User = "",
+    until: Until = None,
+    change: GuardedChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Pause a batch: no further mail of it is sent until it is resumed, or until a time.
+
+    $ outbox batches pause BATCH_ID --until 'in 2h'
+    """
+    request = pb.PauseBatchRequest(batch_id=batch_id, user_id=user, until=to_timestamp(until))
+    with connection("scheduler", server) as client:
+        paused = client.batches.PauseBatch(change.of(request))
+    show(paused, output)
+
+
+@app.command()
+@with_option_groups
+def resume(
+    batch_id: BatchId,
+    *,
+    user: User = "",
+    change: GuardedChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """End the pause of a batch. The limits of its sender still apply."""
+    request = pb.ResumeBatchRequest(batch_id=batch_id, user_id=user)
+    with connection("scheduler", server) as client:
+        resumed = client.batches.ResumeBatch(change.of(request))
+    show(resumed, output)
+
+
+@app.command()
+@with_option_groups
+def update(
+    batch_id: BatchId,
+    *,
+    user: User = "",
+    subject: Annotated[
+        str | None, typer.Option("--subject", help="New subject, a Liquid template.")
+    ] = None,
+    body: Annotated[
+        str | None, typer.Option("--body", help="New plain text, a Liquid template.")
+    ] = None,
+    body_file: Annotated[
+        Path | None, typer.Option("--body-file", help="File containing the --body.")
+    ] = None,
+    html: Annotated[str | None, typer.Option("--html", help="New HTML, a Liquid template.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html-file", help="File containing the --html.")
+    ] = None,
+    schedule_time: Annotated[
+        datetime | None,
+        typer.Option(
+            "--schedule-time",
+            parser=read_time,
+            metavar="TIME",
+            help="When the first unsent mail may be sent, such as 'in 10m', now.",
+        ),
+    ] = None,
+    spacing: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--spacing",
+            parser=read_duration,
+            metavar="DURATION",
+            help="Time between consecutive unsent mails, such as 5s.",
+        ),
+    ] = None,
+    unset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unset", metavar="FIELD", help="Reset this field, such as html. Repeatable."
+        ),
+    ] = None,
+    change: GuardedChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Change the templates or the times of the mail of a batch that is unsent.
+
+    $ outbox batches update BATCH_ID --subject 'Hello {{ first_name }}'
+
+    $ outbox batches update BATCH_ID --schedule-time 'in 1d' --spacing 5s
+    """
+    given: dict[str, Any] = {
+        "subject": subject,
+        "body": text_or_file(body, body_file, "--body, --body-file"),
+        "html": text_or_file(html, html_file, "--html, --html-file"),
+        "schedule_time": to_timestamp(schedule_time),
+        "spacing": to_duration(spacing),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    paths = [*given, *(name.replace("-", "_") for name in unset or ())]
+    if not paths:
+        raise typer.BadParameter("nothing to change: give an option, or --unset FIELD")
+    request = pb.UpdateBatchRequest(
+        batch=Batch(batch_id=batch_id, etag=change.etag, **given),
+        update_mask=FieldMask(paths=paths),
+        user_id=user,
+    )
+    with connection("scheduler", server) as client:
+        changed = client.batches.UpdateBatch(change.of(request))
+    show(changed, output)
 
 
 @app.command()

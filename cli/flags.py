@@ -9,7 +9,7 @@ from typing import Any, Final
 
 # Paths of fields. Only below these messages, because a host or a file may look like a path.
 _PATH: Final = re.compile(
-    r"\b(?:planned_batch\.)?(?:options|sender|suppression|user)(?:\.[a-z][a-z0-9_]*(?:\[\d+\])?)+"
+    r"\b(?:planned_batch\.)?(?:options|batch|sender|suppression|user)(?:\.[a-z][a-z0-9_]*(?:\[\d+\])?)+"
 )
 _ROW: Final = re.compile(r"\brows\[(\d+)\](?:\.(\w+))?")
 # Ids that an error names without a path.

@@ -113,6 +113,17 @@ def read_time(text: str) -> datetime:
         raise typer.BadParameter(f"{wanted} is outside the years 1 to 9999 in UTC") from None
 
 
+Until = Annotated[
+    datetime | None,
+    typer.Option(
+        "--until",
+        parser=read_time,
+        metavar="TIME",
+        help="When the pause ends by itself, such as 'in 2h' (default: only resume ends it).",
+    ),
+]
+
+
 def read_int32(text: str) -> int:
     """Parse a whole number that fits in an int32 field. The server checks its bounds.
 

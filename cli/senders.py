@@ -17,7 +17,15 @@ from outbox_server.cli.capabilities import check_dry_run
 from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Filtering, Paging, User, enum_reader, text_or_file
+from outbox_server.cli.options import (
+    Filtering,
+    Paging,
+    Until,
+    User,
+    enum_reader,
+    text_or_file,
+    to_timestamp,
+)
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.sender_options import SenderOptions
 from outbox_server.cli.terminal import note
@@ -78,6 +86,7 @@ def create(
     show(made, output)
 
 
+@app.command(name="show", hidden=True)
 @app.command()
 def get(
     sender_id: SenderId,
@@ -85,7 +94,7 @@ def get(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Show one sender."""
+    """Show one sender, and the limits in effect with the rule that sets each."""
     with connection("scheduler", server) as client:
         found = client.senders.GetSender(pb.GetSenderRequest(sender_id=sender_id, user_id=user))
     show(found, output)
@@ -268,15 +277,20 @@ def pause(
     sender_id: SenderId,
     *,
     user: User = "",
+    until: Until = None,
     change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Pause a sender: it begins no more sends until it is resumed."""
+    """Pause a sender: it begins no more sends until it is resumed, or until a time.
+
+    $ outbox senders pause SENDER_ID --until 2026-12-01T08:00:00Z
+    """
+    request = pb.PauseSenderRequest(
+        sender_id=sender_id, user_id=user, until=None if until is None else to_timestamp(until)
+    )
     with connection("scheduler", server) as client:
-        paused = client.senders.PauseSender(
-            change.of(pb.PauseSenderRequest(sender_id=sender_id, user_id=user))
-        )
+        paused = client.senders.PauseSender(change.of(request))
     show(paused, output)
 
 

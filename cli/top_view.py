@@ -59,6 +59,7 @@ _REASONS: Final = {
     jobs.WAIT_REASON_USER_HOURLY_LIMIT: "user limit",
     jobs.WAIT_REASON_USER_GAP: "user gap",
     jobs.WAIT_REASON_HELD: "held",
+    jobs.WAIT_REASON_BATCH_PAUSED: "batch paused",
 }
 _KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   ?: help   q: quit"
 _HELP: Final = (

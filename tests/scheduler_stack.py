@@ -173,6 +173,13 @@ def options_for(sender: sender_pb2.Sender, **options: Any) -> batch_pb2.BatchOpt
     )
 
 
+def stored(sender: sender_pb2.Sender) -> sender_pb2.Sender:
+    """Return a sender of GetSender as the other methods return it, without the present limits."""
+    assert sender.HasField("effective_limits")
+    sender.ClearField("effective_limits")
+    return sender
+
+
 @asynccontextmanager
 async def running_scheduler(
     database_url: str, redis_url: str, ids: IdSource | None = None, /, **settings: Any

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.explaining import (
     MOST_AHEAD,
+    BatchPause,
     Explanation,
     LastAttempt,
     OpenCircuit,
@@ -20,7 +21,7 @@ from outbox_server.services.scheduler.explaining import (
     explain_state,
 )
 from outbox_server.services.scheduler.storage import email_jobs as storage
-from outbox_server.services.scheduler.storage.batches import read_expire_after
+from outbox_server.services.scheduler.storage.batches import read_expire_after, read_pause
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord, PastAttempt
 from outbox_server.services.scheduler.storage.holds import is_held
 from outbox_server.shared.database.engine import from_unix_ms, snapshot
@@ -82,7 +83,11 @@ class Explainer:
                 return ExplainedJob(job, explain_state(job.state))
             pace = await read_pace(connection, job.sender_id, self._rules)
             place = BacklogPosition(job.scheduled_at, job.job_id)
-            ahead = await count_ahead(connection, job.sender_id, place, MOST_AHEAD)
+            paused = await read_pause(connection, job.batch_id)
+            pause = None if paused is None else BatchPause(*paused)
+            ahead = await count_ahead(
+                connection, job.sender_id, place, MOST_AHEAD, paused=pause is not None
+            )
             send_time = None
             held = await is_held(connection, job.job_id)
             if ahead < MOST_AHEAD and not held:
@@ -94,13 +99,14 @@ class Explainer:
                     place=place,
                     ahead=ahead,
                     expire_after=expire_after,
+                    batch_id=job.batch_id,
                 )
                 send_time = found.first
         live = await self._read_live(job)
         limiter = live.limiter or _limiter_from(pace)
         situation = _situation(job, pace, ahead, limiter, live.circuit)
         until = _deferred_until(job, self._defer_for)
-        explanation = explain(replace(situation, deferred_until=until, held=held))
+        explanation = explain(replace(situation, deferred_until=until, held=held, batch=pause))
         if not live.reachable:
             explanation = Explanation(
                 explanation.reason, explanation.until, explanation.text + _NO_REDIS
@@ -179,7 +185,8 @@ def _situation(
         due=job.scheduled_at,
         attempts=job.attempts,
         failures=job.failures,
-        sender_active=pace.active,
+        sender_active=not pace.paused,
+        sender_resumes=_resumes(pace),
         ahead=ahead,
         in_flight=live.in_flight,
         gap_left=live.gap_left,
@@ -222,6 +229,12 @@ def _deferred_until(job: JobRecord, defer_for: timedelta) -> datetime | None:
         return None
     until = job.deferred_since + defer_for
     return until if job.expires_at is None else min(until, job.expires_at)
+
+
+def _resumes(pace: SenderPace) -> datetime | None:
+    """Return when the pause of the sender ends by itself; None if it does not."""
+    end = pace.limiter.not_before
+    return from_us(end) if pace.active and end is not None else None
 
 
 def _opening(pace: SenderPace) -> datetime | None:

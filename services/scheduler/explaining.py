@@ -39,6 +39,7 @@ class WaitReason(IntEnum):
     USER_HOURLY_LIMIT = 13  # Limit.USER_WINDOW
     USER_GAP = 14  # Limit.USER_GAP
     HELD = 15
+    BATCH_PAUSED = 16
 
 
 # A dispatcher marks a claimed job at once. One that it has for longer waits for a permit.
@@ -91,6 +92,15 @@ class UserSituation:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchPause:
+    """Why nothing of the job's batch is sent now. `until` is None if only a call ends the pause."""
+
+    until: datetime | None = None
+    # Its new due times are being written.
+    respreading: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Situation:
     """The state of a waiting job and of its sender at `now`."""
 
@@ -124,6 +134,9 @@ class Situation:
     deferred_until: datetime | None = None
     # The installation is held, and the job was not released.
     held: bool = False
+    # When the sender's pause ends by itself. None: only a call ends it, or it is not paused.
+    sender_resumes: datetime | None = None
+    batch: BatchPause | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +188,34 @@ def explain(it: Situation) -> Explanation:
     """
     if it.held:
         return _HELD
-    if not it.sender_active:
-        return Explanation(
-            WaitReason.SENDER_PAUSED, None, "Its sender is paused; ResumeSender ends the pause."
-        )
+    pauses = list(_pauses(it))
+    if pauses:
+        # Nothing is sent before the last of them ends. Of two without an end, the sender's.
+        return max(pauses, key=lambda pause: (pause.until is None, pause.until or it.now))
     if it.due > it.now:
         if it.attempts:
             return _explain_retry(it)
         return Explanation(WaitReason.NOT_DUE, it.due, f"It is due at {_at(it.due)}.")
     return _explain_due(it)
+
+
+def _pauses(it: Situation) -> Iterator[Explanation]:
+    if not it.sender_active:
+        until = it.sender_resumes
+        end = "ResumeSender ends the pause" if until is None else f"the pause ends at {_at(until)}"
+        yield Explanation(WaitReason.SENDER_PAUSED, until, f"Its sender is paused; {end}.")
+    if it.batch is not None:
+        yield _explain_batch_pause(it.batch)
+
+
+def _explain_batch_pause(pause: BatchPause) -> Explanation:
+    reason = WaitReason.BATCH_PAUSED
+    if pause.respreading:
+        text = "New due times of its batch are being written, which takes seconds."
+        return Explanation(reason, None, text)
+    until = pause.until
+    end = "ResumeBatch ends the pause" if until is None else f"the pause ends at {_at(until)}"
+    return Explanation(reason, until, f"Its batch is paused; {end}.")
 
 
 def _explain_retry(it: Situation) -> Explanation:

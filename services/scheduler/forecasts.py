@@ -15,7 +15,7 @@ from outbox_server.services.scheduler.limits import Limits
 from outbox_server.services.scheduler.storage.batches import BatchRecord
 from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.database.engine import DATABASE_ERRORS
-from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.forecast.backlog import Rules, from_us
 from outbox_server.shared.forecast.forecasts import (
     HELD_NOTICE,
     Forecast,
@@ -30,6 +30,7 @@ from outbox_server.shared.forecast.simulation import JobGroup
 _READ_LIMIT: Final = timedelta(seconds=3)
 _log = structlog.get_logger("outbox.intake")
 _PAUSED: Final = "The sender is paused: nothing is sent before ResumeSender."
+_BATCH_PAUSED: Final = "The batch is paused: nothing of it is sent before ResumeBatch."
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,11 @@ def _described(found: Forecast, jobs: int) -> BatchForecast:
         notices.append(HELD_NOTICE)
     if not found.active:
         notices.append(_PAUSED)
+    elif found.limiter.not_before is not None:
+        end = from_us(found.limiter.not_before)
+        notices.append(f"The sender is paused until {end:%Y-%m-%d %H:%M:%S} UTC.")
+    if found.batch_paused:
+        notices.append(_BATCH_PAUSED)
     if found.cooldown is not None:
         notices.append(found.cooldown.describe(found.read_at))
     return BatchForecast(found.end, notices)

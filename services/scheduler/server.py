@@ -31,8 +31,10 @@ from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.metrics import SchedulerMetrics, WebhookMetrics
 from outbox_server.services.scheduler.previewing import Previewer
+from outbox_server.services.scheduler.respreading import Respreader
 from outbox_server.services.scheduler.servicers.api_keys import ApiKeyServicer
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
+from outbox_server.services.scheduler.servicers.batch_control import BatchControl
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_job_events import EmailJobEventServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
@@ -49,6 +51,7 @@ from outbox_server.services.scheduler.storage.group_intake import GroupIntakeSto
 from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.suppression_imports import ImportReader
 from outbox_server.services.scheduler.sweeping import Sweeper
+from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.services.scheduler.webhook_delivery import WebhookDelivery
 from outbox_server.services.scheduler.webhook_posts import WebhookPoster
@@ -130,38 +133,28 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         templates = TemplateParser(settings, monitoring.registry)
         stack.push_async_callback(templates.close)
-        quotas = UserQuotas.from_settings(settings)
         loads = ShardLoads(loader)
         stack.push_async_callback(loads.close)
         forecaster = QuickForecaster(engine, Rules.from_settings(settings))
         stack.push_async_callback(forecaster.close)
-        restrict_domains = settings.sender_policy == "domains"
-        intake = Intake(
-            IntakeStore(engine, quotas, ids),
-            GroupCommit(
-                GroupIntakeStore(engine, quotas, ids),
-                loads.begin,
-                restrict_domains=restrict_domains,
-            ),
-            loads.load,
+        intake = _intake(
+            settings,
+            engine,
+            loads,
             forecaster,
             templates,
-            checks=CheckStore(engine, quotas, ids),
-            max_message_bytes=settings.max_message_bytes,
-            most_open=settings.database_pool * 2 // 3,
-            restrict_domains=restrict_domains,
-            special_domains=settings.special_domains == "allow",
+            ids=ids,
             metrics=SchedulerMetrics(monitoring.registry),
             trace_parent=None if tracer is None else tracer.current_parent,
         )
         stack.push_async_callback(intake.close)
         previewer = Previewer(
             engine,
-            CheckStore(engine, quotas, ids),
+            CheckStore(engine, UserQuotas.from_settings(settings), ids),
             templates,
             partial(in_transaction, engine, installation_id),
             max_message_bytes=settings.max_message_bytes,
-            restrict_domains=restrict_domains,
+            restrict_domains=settings.sender_policy == "domains",
             special_domains=settings.special_domains == "allow",
         )
         stack.callback(previewer.close)
@@ -171,8 +164,16 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         tokens = TokenSource(engine, secrets, TokenClient.from_settings(settings, egress))
         stack.push_async_callback(tokens.close)
         sweeper = Sweeper(engine)
+        respreader = Respreader(engine, loader)
         verifier = Verifier(settings, secrets, tokens, egress)
         changes = Changes(engine, secrets)
+        control = BatchControl(
+            engine,
+            loader,
+            changes,
+            TemplateChanges(engine, templates, max_message_bytes=settings.max_message_bytes),
+            respreader,
+        )
         senders = SenderServicer(
             engine,
             loader,
@@ -214,6 +215,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                     watch=watch,
                     imports=imports,
                     previewer=previewer,
+                    control=control,
                 ),
                 ServiceBinding(
                     "outbox.v1.EmailJobEventService",
@@ -236,6 +238,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         )
         work: list[Callable[[], Awaitable[None]]] = [
             partial(sweeper.run, stop),
+            partial(respreader.run, stop),
             partial(watch.run, stop),
             partial(events.run, stop),
             partial(delivery.run, stop),
@@ -277,6 +280,39 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         )
 
 
+def _intake(
+    settings: Settings,
+    engine: AsyncEngine,
+    loads: ShardLoads,
+    forecaster: QuickForecaster,
+    templates: TemplateParser,
+    *,
+    ids: IdSource,
+    metrics: SchedulerMetrics,
+    trace_parent: Callable[[], str | None] | None,
+) -> Intake:
+    quotas = UserQuotas.from_settings(settings)
+    restrict_domains = settings.sender_policy == "domains"
+    return Intake(
+        IntakeStore(engine, quotas, ids),
+        GroupCommit(
+            GroupIntakeStore(engine, quotas, ids),
+            loads.begin,
+            restrict_domains=restrict_domains,
+        ),
+        loads.load,
+        forecaster,
+        templates,
+        checks=CheckStore(engine, quotas, ids),
+        max_message_bytes=settings.max_message_bytes,
+        most_open=settings.database_pool * 2 // 3,
+        restrict_domains=restrict_domains,
+        special_domains=settings.special_domains == "allow",
+        metrics=metrics,
+        trace_parent=trace_parent,
+    )
+
+
 def _services(
     settings: Settings,
     engine: AsyncEngine,
@@ -289,6 +325,7 @@ def _services(
     watch: Watch[BatchRecord],
     imports: ImportReader,
     previewer: Previewer,
+    control: BatchControl,
 ) -> list[ServiceBinding]:
     rules = Rules.from_settings(settings)
     forecaster = Forecaster(rules)
@@ -303,6 +340,7 @@ def _services(
         least_rate=least_rate,
         changes=changes,
         previewer=previewer,
+        control=control,
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)

@@ -37,6 +37,7 @@ _LIMITS: Final = {
     Bound.USER_GAP: sender_pb2.BINDING_LIMIT_USER_GAP,
     Bound.HOURS: sender_pb2.BINDING_LIMIT_SENDING_HOURS,
     Bound.COOLDOWN: sender_pb2.BINDING_LIMIT_COOLDOWN,
+    Bound.PAUSE: sender_pb2.BINDING_LIMIT_PAUSE,
 }
 _REASONS: Final = {
     None: "only its due time delays it",
@@ -47,6 +48,7 @@ _REASONS: Final = {
     Bound.USER_GAP: "the gap of its user for all senders binds",
     Bound.HOURS: "the sender's sending hours bind",
     Bound.COOLDOWN: "the sender's cooldown binds",
+    Bound.PAUSE: "the sender's pause binds",
     Bound.PLACES: "the duration of each send binds",
 }
 
@@ -135,20 +137,10 @@ def _answer(
     )
 
 
-def _why_no_time(found: Forecast) -> str:
-    """Return why the times cannot be forecast; an empty text if they can."""
-    if not found.jobs:
-        return "No job of the batch is waiting."
-    if found.held:
-        return HELD_NOTICE
-    if not found.active:
-        return "The sender is paused or deleted: nothing is sent before ResumeSender."
-    return "" if found.within_sight else "The end is too far away for a forecast."
-
-
 def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
-    if no_time := _why_no_time(found):
-        return no_time
+    unknown = _why_unknown(found)
+    if unknown:
+        return unknown
     cause = "" if found.cooldown is None else f"{found.cooldown.describe(found.read_at)} "
     if found.end is None:
         all_expire = "The mail expires" if found.jobs == 1 else f"All {found.jobs:,} mails expire"
@@ -181,6 +173,19 @@ def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
             f"failed: {trouble.message}"
         )
     return f"{text}."
+
+
+def _why_unknown(found: Forecast) -> str:
+    """Return why there is no forecast; an empty text if there is one."""
+    if not found.jobs:
+        return "No job of the batch is waiting."
+    if found.held:
+        return HELD_NOTICE
+    if not found.active:
+        return "The sender is paused or deleted: nothing is sent before ResumeSender."
+    if found.batch_paused:
+        return "The batch is paused, or gets new due times: nothing of it is sent until that ends."
+    return "" if found.within_sight else "The end is too far away for a forecast."
 
 
 def _reason(found: Forecast) -> str:

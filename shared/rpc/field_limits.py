@@ -124,6 +124,20 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
         "value": _text(bounds.LABEL_VALUE),
     },
     "outbox.v1.MailHeader": {"name": _text(bounds.HEADER_NAME), "value": _HEADER_TEMPLATE},
+    "outbox.v1.Batch": {
+        "subject": _TEMPLATE,
+        "body": _TEMPLATE,
+        "html": _TEMPLATE,
+        "reply_to": _HEADER_TEMPLATE,
+        "headers": _entries(bounds.MAX_HEADERS, "TOO_MANY_HEADERS"),
+        "name_column": _text(bounds.NAME_COLUMN),
+        "external_id": _text(bounds.EXTERNAL_ID),
+        "labels": _entries(bounds.MAX_LABELS, "LABELS_INVALID"),
+    },
+    "outbox.v1.Batch.LabelsEntry": {
+        "key": _text(bounds.LABEL_KEY),
+        "value": _text(bounds.LABEL_VALUE),
+    },
     "outbox.v1.ScheduleBatchRequest": {
         "csv": _file("CSV_TOO_LARGE", bounds.MAX_CSV_BYTES, "; use UploadBatch for larger files")
     },
@@ -177,6 +191,7 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
         "end": _text(bounds.TIME_OF_DAY),
     },
     "outbox.v1.Cooldown": {"enhanced_code": _OUTPUT, "message": _OUTPUT},
+    "outbox.v1.EffectiveLimits": {"cooldown_cause": _OUTPUT},
     "google.protobuf.FieldMask": {
         "paths": _entries(100, "UPDATE_MASK_INVALID", _text(bounds.MASK_PATH))
     },

@@ -43,7 +43,7 @@ from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.secrets import generate_key
 from outbox_server.shared.states import JobState
 from tests.contract_methods import contract_methods
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler, stored
 from tests.two_users import rivals
 
 KEY: Final = generate_key()
@@ -345,9 +345,8 @@ async def test_a_change_of_what_was_changed_meanwhile_is_refused(scheduler: Sche
     ):
         refused = await refusal_of(call)
         assert (refused.code, refused.reason) == ("ABORTED", "ETAG_MISMATCH")
-    assert await scheduler.senders.GetSender(GetSenderRequest(sender_id=sender.sender_id)) == (
-        changed
-    )
+    get = GetSenderRequest(sender_id=sender.sender_id)
+    assert stored(await scheduler.senders.GetSender(get)) == changed
     await scheduler.senders.DeleteSender(
         DeleteSenderRequest(sender_id=sender.sender_id, etag=changed.etag)
     )

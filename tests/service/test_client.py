@@ -17,7 +17,7 @@ from outbox_client import NO_RETRIES, AlreadyExists, AsyncClient, NotFound, Tls,
 
 from outbox_server.deploy.certificates import self_signed
 from tests.misbehaving import EitherClient, misbehaving_server
-from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.scheduler_stack import Scheduler, running_scheduler, stored
 
 CSV = b"email,name\na@b.org,Ann\nbroken,Bob\nc@d.org,Cid\n"
 
@@ -126,11 +126,11 @@ async def test_a_call_survives_a_restart_of_the_scheduler(
         sender = await first.sender()
         request = GetSenderRequest(sender_id=sender.sender_id, user_id="ann")
         client = AsyncClient(first.address)
-        assert await client.senders.GetSender(request) == sender
+        assert stored(await client.senders.GetSender(request)) == sender
     with pytest.raises(Unavailable):
         await client.senders.GetSender(request, timeout=0.5)
     async with running_scheduler(database_url, redis_url, scheduler_listen=first.address):
-        assert await client.senders.GetSender(request) == sender
+        assert stored(await client.senders.GetSender(request)) == sender
     await client.close()
 
 

@@ -29,7 +29,7 @@ from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.queue import Queue
 from tests import cooldowns, dispatchers
 from tests.eventually import eventually
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler, stored
 from tests.smtp_servers import Say, ScriptedServer
 
 MINUTE = timedelta(minutes=1)
@@ -57,7 +57,8 @@ def cool_down(scheduler: Scheduler, sender: sender_pb2.Sender, **changes: Any) -
 
 
 async def get(scheduler: Scheduler, sender: sender_pb2.Sender) -> sender_pb2.Sender:
-    return await scheduler.senders.GetSender(GetSenderRequest(sender_id=sender.sender_id))
+    request = GetSenderRequest(sender_id=sender.sender_id)
+    return stored(await scheduler.senders.GetSender(request))
 
 
 async def resume(scheduler: Scheduler, sender: sender_pb2.Sender) -> sender_pb2.Sender:

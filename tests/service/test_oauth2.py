@@ -28,7 +28,7 @@ from tests.dispatchers import running, settings_of
 from tests.eventually import eventually
 from tests.oauth2_installation import KEY, MAILBOX, REVOKED, OAuth2Installation, installed
 from tests.oauth2_provider import Hold, PlannedAnswer
-from tests.scheduler_stack import refusal_of, running_scheduler
+from tests.scheduler_stack import refusal_of, running_scheduler, stored
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ async def test_credentials_are_stored_and_returned_without_their_secrets(
     )
     assert not sender.smtp.password_set
     stubs = installation.scheduler.senders
-    assert await stubs.GetSender(GetSenderRequest(sender_id=sender.sender_id)) == sender
+    get = GetSenderRequest(sender_id=sender.sender_id)
+    assert stored(await stubs.GetSender(get)) == sender
     listed = await stubs.ListSenders(ListSendersRequest(user_id="ann"))
     assert list(listed.senders) == [sender]
     ((secret, token),) = installation.scheduler.rows(

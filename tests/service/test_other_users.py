@@ -155,7 +155,12 @@ def requests(
 ) -> Iterator[list[Message]]:
     """Yield requests with all of `ids` for which the method has a field, one for each choice."""
     choices = max([1, *(len(one.fields) for one in method.input_type.oneofs)])
-    made = [_filled(method.input_type, ids, user_id, choice) for choice in range(choices)]
+    made: list[Any] = [_filled(method.input_type, ids, user_id, each) for each in range(choices)]
+    if method.name == "UpdateBatch":
+        for one in made:
+            one.update_mask.paths[:] = ["subject"]
+            # Only the id of the batch says what is changed.
+            one.batch.ClearField("sender_id")
     # The messages of an upload belong to one request; otherwise each message is a request.
     yield from [made] if method.client_streaming else ([message] for message in made)
 

@@ -23,6 +23,7 @@ from outbox.v1.sender_service_pb2 import (
 )
 from redis.asyncio import Redis
 
+from outbox_server.cli.options import to_duration
 from outbox_server.deploy.certificates import self_signed
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.heads.loader import HeadLoader
@@ -31,7 +32,7 @@ from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.secrets import SecretBox, generate_key
 from tests.conftest import Stores
 from tests.eventually import eventually
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler, stored
 
 KEY = generate_key()
 HOURLY_LIMIT = sender_pb2.BINDING_LIMIT_HOURLY_LIMIT
@@ -48,6 +49,60 @@ def endpoint(**fields: Any) -> sender_pb2.SmtpEndpoint:
     return sender_pb2.SmtpEndpoint(**{"host": "mail.example.com", **fields})
 
 
+async def test_the_limits_in_effect_name_the_rule_that_sets_each(
+    database_url: str, redis_url: str
+) -> None:
+    settings = {"user_hourly_limit": "500", "user_gap": "1s"}
+    async with running_scheduler(database_url, redis_url, **settings) as scheduler:
+
+        async def limits_of(sender: sender_pb2.Sender) -> sender_pb2.EffectiveLimits:
+            get = GetSenderRequest(sender_id=sender.sender_id)
+            return (await scheduler.senders.GetSender(get)).effective_limits
+
+        plain = await limits_of(await scheduler.sender())
+        assert (plain.hourly_limit, plain.hourly_limit_source) == (
+            200,
+            sender_pb2.LIMIT_SOURCE_SENDER,
+        )
+        assert plain.min_gap.ToTimedelta() == timedelta(seconds=2)
+        assert plain.min_gap_source == sender_pb2.LIMIT_SOURCE_OPERATOR_FLOOR
+        assert (plain.max_in_flight, plain.max_in_flight_source) == (
+            1,
+            sender_pb2.LIMIT_SOURCE_MIN_GAP,
+        )
+        assert plain.complete
+        assert not plain.HasField("cooldown_end_time")
+
+        gap = to_duration(timedelta(seconds=5))
+        fast = await scheduler.sender(hourly_limit=900, min_gap=gap, max_in_flight=1)
+        found = await limits_of(fast)
+        assert (found.hourly_limit, found.hourly_limit_source) == (
+            500,
+            sender_pb2.LIMIT_SOURCE_OPERATOR,
+        )
+        assert (found.min_gap, found.min_gap_source) == (gap, sender_pb2.LIMIT_SOURCE_SENDER)
+        assert found.max_in_flight_source == sender_pb2.LIMIT_SOURCE_SENDER
+
+        scheduler.execute(
+            "INSERT INTO users (user_id, hourly_limit, min_gap_ms) VALUES ('ann', 100, 9000)"
+        )
+        scheduler.execute(
+            "INSERT INTO cooldowns (sender_id, since, next_probe_at, message, smtp_code)"
+            " VALUES (%s, now(), now() + interval '5 min', 'Quota', 550)",
+            int(fast.sender_id),
+        )
+        found = await limits_of(fast)
+        assert (found.hourly_limit, found.hourly_limit_source) == (
+            100,
+            sender_pb2.LIMIT_SOURCE_USER,
+        )
+        assert found.min_gap.ToTimedelta() == timedelta(seconds=9)
+        assert found.min_gap_source == sender_pb2.LIMIT_SOURCE_USER
+        assert found.max_in_flight_source == sender_pb2.LIMIT_SOURCE_COOLDOWN
+        assert found.cooldown_cause == "550 Quota"
+        assert found.HasField("cooldown_end_time")
+
+
 async def test_a_new_sender_has_the_operators_defaults(scheduler: Scheduler) -> None:
     sender = await scheduler.sender(email="Ann@EXAMPLE.com")
     assert sender.user_id == "ann"
@@ -59,7 +114,8 @@ async def test_a_new_sender_has_the_operators_defaults(scheduler: Scheduler) -> 
     assert sender.effective_min_gap.ToTimedelta() == timedelta(seconds=2)
     assert (sender.effective_hourly_limit, sender.binding_limit) == (200, HOURLY_LIMIT)
     assert sender.create_time == sender.update_time
-    assert await scheduler.senders.GetSender(GetSenderRequest(sender_id=sender.sender_id)) == sender
+    get = GetSenderRequest(sender_id=sender.sender_id)
+    assert stored(await scheduler.senders.GetSender(get)) == sender
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,10 @@ from tests.integration import queue_model
 _MARKER = re.compile(r"(Without )?Limit\.([A-Z_]+)(: \w)?")
 _WAIT_REASON = re.compile(r"^    ([A-Z_]+) = \d+(?P<limits>.*Limit\..*)?$", re.MULTILINE)
 # Reasons for the wait of a single job; they are not limits of its sender.
-_OF_THE_JOB = {"UNSPECIFIED", "NOT_DUE", "RETRY", "DEFERRED", "DISPATCHER", "SHARE", "HELD"}
+_OF_THE_JOB = {
+    *("UNSPECIFIED", "NOT_DUE", "RETRY", "DEFERRED", "DISPATCHER", "SHARE", "HELD"),
+    "BATCH_PAUSED",
+}
 
 SCRIPT = files("outbox_server.shared.queue") / "lua" / "includes" / "look.lua"
 # The first file of each place names the other places.

@@ -17,6 +17,7 @@ class ShownBatchState(IntEnum):
     ACTIVE = 1
     CANCELLED = 2
     DONE = 3
+    PAUSED = 4
 
 
 def _states(kind: type[IntEnum], prefix: str) -> FilterField:

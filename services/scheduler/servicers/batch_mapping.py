@@ -51,29 +51,37 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
         cancel_time=_timestamp(record.cancelled_at),
         forecast_end_time=_timestamp(forecast),
         email_column=record.email_column or "",
-        etag=batch_etag(record.state),
+        etag=batch_etag(record.state, record.revision),
         reply_to=record.reply_to or "",
         headers=[batch_pb2.MailHeader(name=name, value=text) for name, text in record.headers],
         name_column=record.name_column or "",
         external_id=record.external_id or "",
         labels=record.labels,
         test=record.test,
+        pause_time=_timestamp(record.paused_at),
+        pause_end_time=_timestamp(record.paused_until),
+        rescheduling=record.respreading,
     )
     if record.expire_after_ms is not None:
         batch.expire_after.CopyFrom(to_duration(timedelta(milliseconds=record.expire_after_ms)))
     return batch
 
 
-def batch_etag(state: BatchState) -> str:
-    """Return the etag of a batch. So far, calls change only its stored state."""
-    return str(state.value)
+def batch_etag(state: BatchState, revision: int) -> str:
+    """Return the etag of a batch. A cancellation, the last change, has no revision of its own."""
+    return f"{state.value}.{revision}"
 
 
 def _state(record: BatchRecord) -> batch_pb2.BatchState.ValueType:
     if record.state is BatchState.CANCELLED:
         return batch_pb2.BATCH_STATE_CANCELLED
     # DONE is not stored, because the statement that ends the last job would have to write it.
-    return batch_pb2.BATCH_STATE_ACTIVE if record.counts.open else batch_pb2.BATCH_STATE_DONE
+    if not record.counts.open:
+        return batch_pb2.BATCH_STATE_DONE
+    # Nor is the end of a pause.
+    return (
+        batch_pb2.BATCH_STATE_ACTIVE if record.paused_at is None else batch_pb2.BATCH_STATE_PAUSED
+    )
 
 
 def _timestamp(time: datetime | None) -> Timestamp | None:

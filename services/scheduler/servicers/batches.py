@@ -29,6 +29,7 @@ from outbox_server.services.scheduler.filters.resources import (
 from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake, recipient_suppressed
 from outbox_server.services.scheduler.previewing import Previewer
+from outbox_server.services.scheduler.servicers.batch_control import BatchControl
 from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
@@ -103,7 +104,9 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         least_rate: LeastRate,
         changes: Changes,
         previewer: Previewer,
+        control: BatchControl,
     ) -> None:
+        self._control = control
         self._changes = changes
         self._previewer = previewer
         self._watch = watch
@@ -307,7 +310,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             found = await storage.read_batch(connection, batch_id, user_id)
             if cancelled is None or found is None:
                 raise not_found("batch_id", request.batch_id)
-            check_etag(request.etag, batch_etag(cancelled.was), "this batch")
+            check_etag(request.etag, batch_etag(cancelled.was, found.revision), "this batch")
             batch = to_batch(found)
             # As in lists: the answer is stored, and the texts may be long, or be erased.
             for text in _LONG_OR_PERSONAL:
@@ -341,6 +344,30 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         return await self._changes.make(
             request, user_id, batch_service_pb2.CancelBatchResponse, cancel
         )
+
+    async def PauseBatch(
+        self,
+        request: batch_service_pb2.PauseBatchRequest,
+        context: Context,
+    ) -> batch_pb2.Batch:
+        """Pause a batch."""
+        return await self._control.pause(request)
+
+    async def ResumeBatch(
+        self,
+        request: batch_service_pb2.ResumeBatchRequest,
+        context: Context,
+    ) -> batch_pb2.Batch:
+        """End the pause of a batch."""
+        return await self._control.resume(request)
+
+    async def UpdateBatch(
+        self,
+        request: batch_service_pb2.UpdateBatchRequest,
+        context: Context,
+    ) -> batch_pb2.Batch:
+        """Change the unsent mail of a batch."""
+        return await self._control.update(request)
 
     async def WatchBatch(
         self,

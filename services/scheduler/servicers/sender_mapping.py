@@ -9,9 +9,11 @@ from typing import Any, Final
 from google.protobuf import json_format
 from outbox.v1 import email_job_pb2, sender_pb2, sender_service_pb2
 
+from outbox_server.services.scheduler.effective_limits import EffectiveLimits
 from outbox_server.services.scheduler.limits import Limits
 from outbox_server.services.scheduler.storage.senders import SenderRecord
 from outbox_server.services.scheduler.verifying import Verification
+from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.rpc.proto_mapping import id_text, to_cooldown, to_duration, to_timestamp
 from outbox_server.shared.sending_hours import SendingHours
@@ -61,6 +63,7 @@ def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
         ),
         cooldown=to_cooldown(record.cooldown),
         etag=etag_of(record),
+        pause_end_time=None if record.paused_until is None else to_timestamp(record.paused_until),
     )
     if record.min_gap_ms is not None:
         sender.min_gap.CopyFrom(to_duration(timedelta(milliseconds=record.min_gap_ms)))
@@ -69,6 +72,24 @@ def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
     if record.smtp_host is not None:
         sender.smtp.CopyFrom(_to_endpoint(record))
     return sender
+
+
+def to_effective_limits(
+    found: EffectiveLimits, cooldown: CooldownRecord | None
+) -> sender_pb2.EffectiveLimits:
+    """Return the proto of the limits in effect."""
+    hourly, gap, most = found.hourly_limit, found.min_gap, found.max_in_flight
+    return sender_pb2.EffectiveLimits(
+        hourly_limit=hourly[0],
+        hourly_limit_source=sender_pb2.LimitSource.ValueType(hourly[1]),
+        min_gap=to_duration(gap[0]),
+        min_gap_source=sender_pb2.LimitSource.ValueType(gap[1]),
+        max_in_flight=most[0],
+        max_in_flight_source=sender_pb2.LimitSource.ValueType(most[1]),
+        cooldown_end_time=None if cooldown is None else to_timestamp(cooldown.next_probe_at),
+        cooldown_cause="" if cooldown is None else cooldown.reply,
+        complete=found.complete,
+    )
 
 
 def etag_of(record: SenderRecord) -> str:
@@ -80,7 +101,7 @@ _KEPT_APART: Final = "set"
 # What the audit log leaves out: it is in the event already, or follows from the other fields.
 _NOT_AUDITED: Final = (
     *("sender_id", "user_id", "create_time", "update_time", "etag", "cooldown"),
-    *("effective_min_gap", "effective_hourly_limit", "binding_limit"),
+    *("effective_min_gap", "effective_hourly_limit", "binding_limit", "effective_limits"),
 )
 
 

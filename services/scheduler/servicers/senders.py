@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
@@ -15,6 +17,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler import senders
 from outbox_server.services.scheduler.changes import Changes, Made, check_etag, differences
+from outbox_server.services.scheduler.effective_limits import (
+    OwnLimits,
+    UserOverrides,
+    effective_limits,
+)
 from outbox_server.services.scheduler.filters.fields import FieldTest, both, check_filter
 from outbox_server.services.scheduler.filters.grammar import parse_filter
 from outbox_server.services.scheduler.filters.resources import (
@@ -23,10 +30,12 @@ from outbox_server.services.scheduler.filters.resources import (
     check_order,
 )
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
+from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.sender_mapping import (
     audited,
     etag_of,
+    to_effective_limits,
     to_sender,
     to_verification,
     without_certificates,
@@ -37,6 +46,8 @@ from outbox_server.services.scheduler.smtp_presets import (
     provider_of,
 )
 from outbox_server.services.scheduler.storage import senders as storage
+from outbox_server.services.scheduler.storage.access import read_time
+from outbox_server.services.scheduler.storage.users import read_user
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import CallerKind, current_caller
@@ -44,10 +55,12 @@ from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.id_source import IdSource
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
+from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, whole_ms
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.settings import Settings
@@ -56,6 +69,8 @@ from outbox_server.shared.states import SenderState, requested_enum
 from outbox_server.shared.user_quotas import UserQuotas
 
 _Columns = Mapping[str, Any]
+# How long GetSender waits for Redis.
+_PACE_LIMIT_S: Final = 0.5
 _log = structlog.get_logger("outbox.senders")
 
 
@@ -125,7 +140,34 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         sender_id = parse_id(request.sender_id, "sender_id")
         async with self._engine.connect() as connection:
             found = await storage.read_sender(connection, sender_id, user_id)
-        return self._answer_if_there(found, request.sender_id)
+            if found is None:
+                raise not_found("sender_id", request.sender_id)
+            user = await read_user(connection, found.user_id)
+        answer = self._answer(found)
+        effective = effective_limits(
+            OwnLimits(
+                found.hourly_limit,
+                found.min_gap_ms,
+                found.max_in_flight,
+                cools=found.cooldown is not None,
+            ),
+            UserOverrides(user.hourly_limit, user.min_gap_ms),
+            UserSendLimits.from_settings(self._settings),
+            floor=self._settings.min_gap,
+            pace=await self._read_pace(sender_id),
+        )
+        answer.effective_limits.CopyFrom(to_effective_limits(effective, found.cooldown))
+        return answer
+
+    async def _read_pace(self, sender_id: int) -> timedelta | None:
+        """Return the pace that a mail server's complaints have caused; None without Redis."""
+        try:
+            async with asyncio.timeout(_PACE_LIMIT_S):
+                queue = (await self._loader.find_queues([sender_id]))[sender_id]
+                state = await queue.read_limiter(sender_id)
+        except (*QUEUE_ERRORS, TimeoutError):
+            return None
+        return timedelta(0) if state is None else state.pace
 
     async def ListSenders(
         self,
@@ -225,7 +267,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_pb2.Sender:
         """Pause a sender."""
-        return await self._set_state(request, SenderState.PAUSED)
+        until = from_timestamp(request.until, "until") if request.HasField("until") else None
+        return await self._set_state(request, SenderState.PAUSED, until)
 
     async def ResumeSender(
         self,
@@ -262,12 +305,15 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         self,
         request: sender_service_pb2.PauseSenderRequest | sender_service_pb2.ResumeSenderRequest,
         state: SenderState,
+        until: datetime | None = None,
     ) -> sender_pb2.Sender:
         user_id = acting_user(request.user_id)
 
         async def set_state(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
             before = await self._locked(connection, request.sender_id, user_id, request.etag)
-            change = await storage.set_state(connection, before, state)
+            if until is not None:
+                check_pause_end(until, await read_time(connection))
+            change = await storage.set_state(connection, before, state, until)
             return self._changed(before, change, "ResumeSender")
 
         return await self._make(request, user_id, set_state)
@@ -355,13 +401,6 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
 
     def _answer(self, record: storage.SenderRecord) -> sender_pb2.Sender:
         return to_sender(record, self._settings.min_gap)
-
-    def _answer_if_there(
-        self, record: storage.SenderRecord | None, id_in_request: str
-    ) -> sender_pb2.Sender:
-        if record is None:
-            raise not_found("sender_id", id_in_request)
-        return self._answer(record)
 
     def _masked(self, sender: sender_pb2.Sender, mask: FieldMask | None) -> Iterable[str]:
         """Return the fields to change: those of the mask or, without a mask, those that are set."""

@@ -1,13 +1,15 @@
-"""Repeats a transaction after a deadlock or a serialization failure."""
+"""Repeats a transaction after a deadlock or a serialization failure, and reads the time."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Final, TypeVar
 
 import psycopg
+from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -30,3 +32,9 @@ async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], 
         # At random, because two that collided would collide again if they were repeated together.
         await asyncio.sleep(_PAUSE_S * random.random())  # noqa: S311 - no secret
     raise AssertionError("unreachable")
+
+
+async def read_time(connection: AsyncConnection) -> datetime:
+    """Return PostgreSQL's time."""
+    now: datetime = (await connection.execute(select(func.clock_timestamp()))).scalar_one()
+    return now

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
-from sqlalchemy import BigInteger, ColumnElement, any_, bindparam, select
+from sqlalchemy import BigInteger, ColumnElement, any_, bindparam, case, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -20,6 +20,7 @@ from outbox_server.services.scheduler.storage.counted_states import has_counted
 from outbox_server.shared.database.counts import JobCounts, batch_counts
 from outbox_server.shared.database.models import Batch, BatchRejection
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.database.pauses import batch_is_paused, pause_lasts
 from outbox_server.shared.intake.rows import RowRejection
 from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy, JobState
 
@@ -50,6 +51,12 @@ class BatchRecord:
     last_due_at: datetime | None
     email_column: str | None
     test: bool
+    # When it was paused, and when the pause ends by itself. None: it is not paused now.
+    paused_at: datetime | None
+    paused_until: datetime | None
+    # Whether new due times are being written.
+    respreading: bool
+    revision: int
     counts: JobCounts
     name_column: str | None
     external_id: str | None
@@ -83,6 +90,10 @@ _LISTED: Final = (
     Batch.external_id,
     Batch.labels,
     Batch.test,
+    case((pause_lasts(), Batch.paused_at)).label("paused_at"),
+    case((pause_lasts(), Batch.paused_until)).label("paused_until"),
+    Batch.respreading,
+    Batch.revision,
 )
 # What lists leave out.
 _LONG: Final = (Batch.body, Batch.html, Batch.reply_to, Batch.headers)
@@ -118,6 +129,10 @@ def _record(row: Any, counts: JobCounts) -> BatchRecord:
         last_due_at=row.last_due_at,
         email_column=row.email_column,
         test=row.test,
+        paused_at=row.paused_at,
+        paused_until=row.paused_until,
+        respreading=row.respreading,
+        revision=row.revision,
         counts=counts,
         name_column=row.name_column,
         external_id=row.external_id,
@@ -169,8 +184,9 @@ def _shown_state(test: FieldTest) -> ColumnElement[bool]:
     has_open = has_counted({JobState.SCHEDULED})
     found = {
         ShownBatchState.CANCELLED: cancelled,
-        ShownBatchState.ACTIVE: ~cancelled & has_open,
+        ShownBatchState.ACTIVE: ~cancelled & has_open & ~pause_lasts(),
         ShownBatchState.DONE: ~cancelled & ~has_open,
+        ShownBatchState.PAUSED: ~cancelled & has_open & pause_lasts(),
     }[ShownBatchState(cast(int, test.value))]
     return found if test.operator == "=" else ~found
 
@@ -245,6 +261,22 @@ async def list_rejections(
         .limit(limit)
     )
     return [RowRejection(*row) for row in rows]
+
+
+async def read_pause(
+    connection: AsyncConnection, batch_id: int
+) -> tuple[datetime | None, bool] | None:
+    """Return until when a batch is paused, and whether it is because of new due times.
+
+    Return None if it is not paused.
+    """
+    statement = select(Batch.respreading, Batch.paused_until).where(
+        Batch.id == batch_id, batch_is_paused()
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    if row is None:
+        return None
+    return None if row.respreading else row.paused_until, row.respreading
 
 
 async def read_expire_after(connection: AsyncConnection, batch_id: int) -> timedelta | None:

@@ -158,7 +158,7 @@ async def cancel_batch(
     await connection.execute(
         update(Batch)
         .where(Batch.id == batch_id)
-        .values(state=BatchState.CANCELLED, cancelled_at=now)
+        .values(state=BatchState.CANCELLED, cancelled_at=now, paused_at=None, paused_until=None)
     )
     await connection.execute(
         insert(BatchCancellation).values(
@@ -199,7 +199,7 @@ async def cancel_batches_of(connection: AsyncConnection, sender_id: int) -> int:
         cancelled = (
             update(Batch)
             .where(Batch.id == any_(literal(opened, ARRAY(BigInteger))))
-            .values(state=BatchState.CANCELLED, cancelled_at=now)
+            .values(state=BatchState.CANCELLED, cancelled_at=now, paused_at=None, paused_until=None)
             .returning(Batch.id, Batch.sender_id, Batch.cancelled_at)
             .cte("cancelled")
         )

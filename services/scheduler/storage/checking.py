@@ -140,4 +140,8 @@ def unstored_batch(
         labels=options.labels,
         reply_to=options.reply_to,
         headers=options.headers,
+        paused_at=None,
+        paused_until=None,
+        respreading=False,
+        revision=1,
     )

@@ -149,7 +149,7 @@ async def cancel_batches_part(
     cancelled = (
         update(Batch)
         .where(Batch.id == any_(literal(opened, ARRAY(BigInteger))))
-        .values(state=BatchState.CANCELLED, cancelled_at=now)
+        .values(state=BatchState.CANCELLED, cancelled_at=now, paused_at=None, paused_until=None)
         .returning(Batch.id, Batch.sender_id, Batch.cancelled_at)
         .cte("cancelled")
     )

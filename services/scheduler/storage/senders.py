@@ -12,12 +12,14 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     Text,
+    case,
     cast,
     delete,
     exists,
     extract,
     func,
     literal,
+    null,
     select,
     update,
 )
@@ -39,6 +41,7 @@ from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Cooldown, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.database.pauses import sender_is_active
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.id_source import ID_TRIES, IdSource
 from outbox_server.shared.sending_hours import SendingHours
@@ -79,12 +82,15 @@ class SenderRecord:
     max_in_flight: int
     sending_hours: SendingHours | None
     state: SenderState
+    # When the pause ends by itself. None: it is not paused, or only a call ends the pause.
+    paused_until: datetime | None
     created_at: datetime
     updated_at: datetime
     revision: int
     cooldown: CooldownRecord | None
 
 
+_STATE: Final = case((sender_is_active(), int(SenderState.ACTIVE)), else_=int(SenderState.PAUSED))
 _COLUMNS: Final = (
     Sender.id,
     Sender.user_id,
@@ -100,7 +106,8 @@ _COLUMNS: Final = (
     Sender.min_gap_ms,
     Sender.max_in_flight,
     Sender.sending_hours,
-    Sender.state,
+    _STATE.label("state"),
+    case((sender_is_active(), null()), else_=Sender.paused_until).label("paused_until"),
     Sender.created_at,
     Sender.updated_at,
     Sender.revision,
@@ -140,6 +147,7 @@ def _record(row: Any, cooldown: CooldownRecord | None) -> SenderRecord:
         max_in_flight=row.max_in_flight,
         sending_hours=None if hours is None else SendingHours.from_text(hours),
         state=SenderState(row.state),
+        paused_until=row.paused_until,
         created_at=row.created_at,
         updated_at=row.updated_at,
         revision=row.revision,
@@ -223,7 +231,7 @@ async def read_endpoint(
 
 
 _LEAVES: Final[Mapping[str, Leaf]] = {
-    "state": column(Sender.state),
+    "state": column(_STATE),
     "email": column(Sender.email),
     "create_time": column(Sender.created_at),
     "update_time": column(Sender.updated_at),
@@ -321,11 +329,15 @@ async def _end_cooldown(connection: AsyncConnection, sender_id: int) -> Cooldown
 
 
 async def set_state(
-    connection: AsyncConnection, sender: SenderRecord, state: SenderState
+    connection: AsyncConnection,
+    sender: SenderRecord,
+    state: SenderState,
+    until: datetime | None = None,
 ) -> SenderChange:
     """Pause or resume a sender, whose row is locked.
 
-    A resume ends its cooldown, whether or not it was paused.
+    A pause ends by itself at `until`; None means never. A resume ends the sender's cooldown,
+    whether or not it was paused.
     """
     sender_id = sender.sender_id
     ended = None
@@ -333,9 +345,10 @@ async def set_state(
         # Before the next probe, because the provider may accept now what it refused before.
         await request_new_token(connection, sender_id)
         ended = await _end_cooldown(connection, sender_id)
-    if sender.state == state and ended is None:
+    if sender.state == state and sender.paused_until == until and ended is None:
         return SenderChange(sender)
-    updated = await _update(connection, sender_id, sender.user_id, {"state": state})
+    values = {"state": state, "paused_until": until}
+    updated = await _update(connection, sender_id, sender.user_id, values)
     return SenderChange(updated, changed=True, ended=ended)
 
 

@@ -12,7 +12,9 @@ from sqlalchemy import (
     Interval,
     Select,
     bindparam,
+    case,
     cast,
+    false,
     func,
     select,
     true,
@@ -34,6 +36,7 @@ from outbox_server.shared.database.models import (
     SenderHourCount,
 )
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.database.pauses import has_paused_batch, in_paused_batch
 from outbox_server.shared.states import JobState
 
 _HOUR: Final = timedelta(hours=1)
@@ -130,11 +133,27 @@ async def read_watched(
         }
 
 
+# Waiting jobs of paused batches that are passed to find the one that is sent next.
+_MOST_PASSED: Final = 1_000
+
+
 def _sender_statement() -> Select[Any]:
-    first = (
-        select(EmailJob.id, EmailJob.scheduled_at)
+    # The first one that is not of a paused batch, if it is among so few.
+    some = (
+        select(
+            EmailJob.id,
+            EmailJob.scheduled_at,
+            func.coalesce(in_paused_batch(Sender.id), false()).label("paused"),
+        )
         .where(EmailJob.sender_id == Sender.id, waits_of(Sender.id))
         .order_by(EmailJob.scheduled_at, EmailJob.id)
+        .limit(case((has_paused_batch(Sender.id), _MOST_PASSED), else_=1))
+        .correlate(Sender)
+        .subquery("some")
+    )
+    first = (
+        select(some.c.id, some.c.scheduled_at)
+        .order_by(some.c.paused, some.c.scheduled_at, some.c.id)
         .limit(1)
         .lateral("first")
     )

@@ -6,8 +6,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-revision = "0019"
-down_revision = "0016"
+revision = "0026"
+down_revision = "0025"
 
 
 def upgrade() -> None:

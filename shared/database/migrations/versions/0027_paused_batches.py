@@ -6,8 +6,8 @@ from sqlalchemy import text
 
 from outbox_server.shared.database.online_steps import create_index_concurrently
 
-revision = "0025"
-down_revision = "0019"
+revision = "0027"
+down_revision = "0026"
 
 
 def upgrade() -> None:

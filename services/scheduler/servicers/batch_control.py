@@ -1,0 +1,276 @@
+"""Pauses, resumes and updates batches: the methods of BatchService that change waiting mail."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final
+
+from outbox.v1 import batch_pb2, batch_service_pb2
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag
+from outbox_server.services.scheduler.pausing import check_pause_end
+from outbox_server.services.scheduler.respreading import Respreader
+from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
+from outbox_server.services.scheduler.servicers.calls import acting_user
+from outbox_server.services.scheduler.storage import batch_changes as storage
+from outbox_server.services.scheduler.storage.batch_changes import TEXTS, LockedBatch
+from outbox_server.services.scheduler.storage.batches import BatchRecord, read_batch
+from outbox_server.services.scheduler.storage.respreading import begin_respread, respread_part
+from outbox_server.services.scheduler.storage.unsent_rows import read_templates
+from outbox_server.services.scheduler.template_changes import TemplateChanges
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import Aborted, FailedPrecondition, InvalidInput
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, whole_ms
+from outbox_server.shared.settings import format_duration
+from outbox_server.shared.states import BatchState
+
+# The caller waits no longer than this for the head; dispatchers load it otherwise.
+_LOAD_LIMIT: Final = timedelta(seconds=1)
+# The due times of so few jobs are written in the transaction of the call.
+_RESPREAD_IN_CALL: Final = 5_000
+# How often templates are checked again because another call has changed them meanwhile.
+_TRIES: Final = 3
+_TIMES: Final = ("schedule_time", "spacing")
+_CHANGEABLE: Final = (*TEXTS, *_TIMES)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+_Step = Callable[[AsyncConnection, LockedBatch], Awaitable[bool]]
+
+
+class _TemplatesChangedError(Exception):
+    """Another call has changed the templates since they were checked."""
+
+
+class BatchControl:
+    """Changes batches that were accepted."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        loader: HeadLoader,
+        changes: Changes,
+        templates: TemplateChanges,
+        respreader: Respreader,
+    ) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._changes = changes
+        self._templates = templates
+        self._respreader = respreader
+
+    async def pause(self, request: batch_service_pb2.PauseBatchRequest) -> batch_pb2.Batch:
+        """Pause a batch."""
+        until = from_timestamp(request.until, "until") if request.HasField("until") else None
+
+        async def pause(connection: AsyncConnection, batch: LockedBatch) -> bool:
+            check_pause_end(until, batch.now)
+            return await storage.pause_batch(connection, batch, until)
+
+        return await self._change(request, pause)
+
+    async def resume(self, request: batch_service_pb2.ResumeBatchRequest) -> batch_pb2.Batch:
+        """End the pause of a batch."""
+        return await self._change(request, storage.resume_batch)
+
+    async def update(self, request: batch_service_pb2.UpdateBatchRequest) -> batch_pb2.Batch:
+        """Change templates, start time and spacing of the unsent mail of a batch."""
+        user_id = acting_user(request.user_id)
+        batch_id = parse_id(request.batch.batch_id, "batch.batch_id")
+        values = _values(request.batch, _masked(request))
+        new: dict[str, str | None] = {name: values[name] for name in TEXTS if name in values}
+        for _ in range(_TRIES):
+            async with self._engine.connect() as connection:
+                stored = await read_templates(connection, batch_id, user_id)
+            if stored is None:
+                raise not_found("batch_id", request.batch.batch_id)
+            if new:
+                await self._templates.check(batch_id, stored, new)
+            checked = {"subject": stored.subject, "body": stored.body, "html": stored.html}
+            try:
+                return await self._make_update(request, batch_id, user_id, values, checked)
+            except _TemplatesChangedError:
+                continue
+        raise Aborted(
+            "the templates of this batch were changed by other calls meanwhile; try again",
+            reason="BATCH_CHANGED",
+        )
+
+    async def _make_update(
+        self,
+        request: batch_service_pb2.UpdateBatchRequest,
+        batch_id: int,
+        user_id: str | None,
+        values: Mapping[str, Any],
+        checked: Mapping[str, str | None],
+    ) -> batch_pb2.Batch:
+        async def update(connection: AsyncConnection) -> Made[batch_pb2.Batch]:
+            batch = await self._lock(connection, request.batch.batch_id, user_id)
+            found = await self._read(connection, batch, user_id)
+            check_etag(request.batch.etag, batch_etag(batch.state, batch.revision), "this batch")
+            _check_not_cancelled(batch)
+            if not values:
+                return await self._made(
+                    connection, batch, found, _nothing, user_id=user_id, changed=False
+                )
+            if any(name in values for name in TEXTS) and batch.texts != checked:
+                raise _TemplatesChangedError
+            changed = {name: values[name] for name in TEXTS if name in values}
+            respread = any(name in values for name in _TIMES)
+            if respread:
+                start = values.get("schedule_time", batch.start_at) or batch.now
+                changed["start_at"] = start = max(start, batch.now)
+                changed["spacing_ms"] = values.get("spacing", batch.spacing_ms)
+                changed["respreading"] = True
+                await begin_respread(connection, batch_id, start, changed["spacing_ms"])
+            await storage.change_batch(connection, batch, changed)
+            if respread and found.counts.scheduled < _RESPREAD_IN_CALL:
+                await respread_part(connection, batch_id, _RESPREAD_IN_CALL)
+            settle = partial(self._settle, batch)
+            return await self._made(connection, batch, found, settle, user_id=user_id)
+
+        return await self._changes.make(request, user_id, batch_pb2.Batch, update)
+
+    async def _settle(self, batch: LockedBatch) -> None:
+        await load_soon(self._loader, [batch.sender_id], limit=_LOAD_LIMIT)
+        await self._respreader.respread_in_call(batch.batch_id)
+
+    async def _change(
+        self,
+        request: batch_service_pb2.PauseBatchRequest | batch_service_pb2.ResumeBatchRequest,
+        step: _Step,
+    ) -> batch_pb2.Batch:
+        user_id = acting_user(request.user_id)
+
+        async def change(connection: AsyncConnection) -> Made[batch_pb2.Batch]:
+            batch = await self._lock(connection, request.batch_id, user_id)
+            found = await self._read(connection, batch, user_id)
+            check_etag(request.etag, batch_etag(batch.state, batch.revision), "this batch")
+            _check_not_cancelled(batch)
+            changed = await step(connection, batch)
+
+            async def afterwards() -> None:
+                if changed:
+                    await load_soon(self._loader, [batch.sender_id], limit=_LOAD_LIMIT)
+
+            return await self._made(
+                connection, batch, found, afterwards, user_id=user_id, changed=changed
+            )
+
+        return await self._changes.make(request, user_id, batch_pb2.Batch, change)
+
+    async def _lock(
+        self, connection: AsyncConnection, id_in_request: str, user_id: str | None
+    ) -> LockedBatch:
+        batch_id = parse_id(id_in_request, "batch_id")
+        batch = await storage.lock_batch(connection, batch_id, user_id)
+        if batch is None:
+            raise not_found("batch_id", id_in_request)
+        return batch
+
+    async def _read(
+        self, connection: AsyncConnection, batch: LockedBatch, user_id: str | None
+    ) -> BatchRecord:
+        found = await read_batch(connection, batch.batch_id, user_id)
+        if found is None:
+            raise AssertionError("a locked batch has disappeared")
+        return found
+
+    async def _made(
+        self,
+        connection: AsyncConnection,
+        batch: LockedBatch,
+        before: BatchRecord,
+        afterwards: Callable[[], Awaitable[object]],
+        *,
+        user_id: str | None,
+        changed: bool = True,
+    ) -> Made[batch_pb2.Batch]:
+        after = await self._read(connection, batch, user_id) if changed else before
+        answer = to_batch(after)
+        # As in lists: the answer is stored, and the texts may be long.
+        for text in TEXTS:
+            answer.ClearField(text)
+        was, became = _audited(before), _audited(after)
+        names = [name for name in was if was[name] != became[name]]
+        return Made(
+            answer,
+            f"batches/{batch.batch_id}",
+            batch.user_id,
+            before={name: was[name] for name in names},
+            after={name: became[name] for name in names},
+            changed=changed,
+            afterwards=afterwards,
+        )
+
+
+async def _nothing() -> None:
+    pass
+
+
+def _audited(record: BatchRecord) -> dict[str, Any]:
+    """Return the values of a batch for the audit log; of a template, its beginning."""
+    until = record.paused_until
+    return {
+        "paused": record.paused_at is not None,
+        "pause_end_time": None if until is None else until.isoformat(),
+        "schedule_time": record.start_at.isoformat(),
+        "spacing": format_duration(record.spacing_ms * _MILLISECOND),
+        **{name: _shortened(getattr(record, name)) for name in TEXTS},
+    }
+
+
+def _shortened(text: str | None) -> str | None:
+    if text is None or len(text) <= bounds.MAX_AUDITED_TEXT:
+        return text
+    return f"{text[: bounds.MAX_AUDITED_TEXT]}... ({len(text):,} characters)"
+
+
+def _check_not_cancelled(batch: LockedBatch) -> None:
+    if batch.state is BatchState.CANCELLED:
+        raise FailedPrecondition("this batch is cancelled, for good", reason="BATCH_CANCELLED")
+
+
+def _masked(request: batch_service_pb2.UpdateBatchRequest) -> Sequence[str]:
+    """Return the fields to change: those of the mask or, without a mask, those that are set."""
+    paths = list(dict.fromkeys(request.update_mask.paths))
+    if not paths:
+        return [name for name in _CHANGEABLE if request.batch.HasField(name)]
+    for path in paths:
+        if path not in _CHANGEABLE:
+            raise InvalidInput.field(
+                "update_mask",
+                f"{path[:80]!r} cannot be changed here; use {', '.join(_CHANGEABLE)}",
+                reason="UPDATE_MASK_INVALID",
+            )
+    return paths
+
+
+def _values(batch: batch_pb2.Batch, names: Sequence[str]) -> dict[str, Any]:
+    """Return the new values. None: a text that the rows have themselves, or the present time."""
+    values: dict[str, Any] = {}
+    for name in names:
+        given = batch.HasField(name)  # type: ignore[arg-type]  # name is a field
+        if name == "schedule_time":
+            values[name] = (
+                from_timestamp(batch.schedule_time, "batch.schedule_time") if given else None
+            )
+        elif name == "spacing":
+            values[name] = _spacing(batch) if given else 0
+        else:
+            values[name] = getattr(batch, name) if given else None
+    return values
+
+
+def _spacing(batch: batch_pb2.Batch) -> int:
+    spacing_ms = whole_ms(batch.spacing, "batch.spacing")
+    if not 0 <= spacing_ms <= bounds.MAX_SPACING // _MILLISECOND:
+        raise InvalidInput.field(
+            "batch.spacing",
+            f"must be 0 s to 7 days (got {format_duration(spacing_ms * _MILLISECOND)})",
+            reason="SPACING_INVALID",
+        )
+    return spacing_ms

@@ -1,0 +1,121 @@
+"""Gives the waiting jobs of a batch new due times, in parts that continue after a crash.
+
+While a batch is `respreading`, nothing of it is sent (shared/database/pauses.py). So no job is sent
+at its old time after the call that asked for the new ones, and it does not matter in which order
+the rows are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import BigInteger, case, cast, delete, func, literal, select, update
+from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.models import Batch, BatchRespread, EmailJob
+from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.states import JobState
+
+# The number of rows that one transaction changes, in about 0.4 s.
+AT_ONCE: Final = 10_000
+_MILLISECOND: Final = timedelta(milliseconds=1)
+# The latest time that a job may get, so that it can be shown, with its expiry.
+_LATEST: Final = datetime.fromisoformat("9990-01-01T00:00:00+00:00")
+
+
+async def begin_respread(
+    connection: AsyncConnection, batch_id: int, start: datetime, spacing_ms: int
+) -> None:
+    """Store the new times of a batch, whose row is locked. An earlier respread is replaced."""
+    values = {"start_at": start, "spacing_ms": spacing_ms, "done_to": 0, "placed": 0}
+    await connection.execute(
+        insert(BatchRespread)
+        .values(batch_id=batch_id, **values)
+        .on_conflict_do_update(index_elements=["batch_id"], set_=values)
+    )
+
+
+async def unfinished(connection: AsyncConnection) -> Sequence[int]:
+    """Return the batches whose new times are not all written."""
+    found = select(BatchRespread.batch_id).order_by(BatchRespread.batch_id)
+    return (await connection.execute(found)).scalars().all()
+
+
+async def respread_part(
+    connection: AsyncConnection, batch_id: int, limit: int = AT_ONCE
+) -> int | None:
+    """Give the next jobs their times. Return the sender if that was the end; else None.
+
+    Return 0 if another process is at it, or nothing is left to do.
+    """
+    this = BatchRespread.batch_id == batch_id
+    work = (
+        await connection.execute(
+            select(BatchRespread).where(this).with_for_update(skip_locked=True)
+        )
+    ).one_or_none()
+    if work is None:
+        return 0
+    moved = (await connection.execute(_moving(batch_id, work, limit))).one()
+    placed = work.placed + moved.jobs
+    if moved.jobs == limit:
+        await connection.execute(
+            update(BatchRespread).where(this).values(done_to=moved.last_id, placed=placed)
+        )
+        return None
+    spacing = work.spacing_ms * _MILLISECOND
+    last_due = min(work.start_at + max(placed - 1, 0) * spacing, _LATEST)
+    await connection.execute(delete(BatchRespread).where(this))
+    ended = (
+        update(Batch)
+        .where(Batch.id == batch_id)
+        .values(respreading=False, last_due_at=last_due, spread_count=placed)
+        .returning(Batch.sender_id)
+    )
+    sender_id = (await connection.execute(ended)).scalar_one_or_none()
+    if sender_id is None:
+        return 0
+    await mark_stale(connection, [sender_id])
+    return sender_id
+
+
+def _moving(batch_id: int, work: Any, limit: int) -> Any:
+    # Locked in the order of ids, as settlements lock them, so that there are no deadlocks.
+    picked = (
+        select(EmailJob.id)
+        .where(
+            EmailJob.batch_id == batch_id,
+            EmailJob.id > work.done_to,
+            in_state(JobState.SCHEDULED),
+        )
+        .order_by(EmailJob.id)
+        .limit(limit)
+        .with_for_update()
+        .cte("picked")
+    )
+    place = func.row_number().over(order_by=picked.c.id) - 1 + work.placed
+    places = select(picked.c.id, place.label("place")).cte("places")
+    millisecond = cast("1 millisecond", INTERVAL)
+    start = literal(work.start_at, TIMESTAMP(timezone=True))
+    planned = func.least(
+        start + places.c.place * literal(work.spacing_ms, BigInteger) * millisecond, _LATEST
+    )
+    # A retry waits at least as long as its back-off says.
+    due: Any = case(
+        (EmailJob.attempt > 0, func.greatest(planned, EmailJob.scheduled_at)), else_=planned
+    )
+    expire_after = select(Batch.expire_after_ms).where(Batch.id == batch_id).scalar_subquery()
+    moved = (
+        update(EmailJob)
+        .where(EmailJob.id == places.c.id)
+        .values(scheduled_at=due, expires_at=due + expire_after * millisecond)
+        .returning(EmailJob.id)
+        .cte("moved")
+    )
+    return select(
+        func.count().label("jobs"), func.coalesce(func.max(moved.c.id), 0).label("last_id")
+    ).select_from(moved)
