@@ -26,8 +26,8 @@ from outbox.v1.sender_service_pb2 import (
     PauseSenderRequest,
     ResumeSenderRequest,
 )
-from outbox.v1.stats_pb2 import SenderStats
-from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
+from outbox.v1.stats_pb2 import EndpointStats, SenderStats
+from outbox.v1.stats_service_pb2 import GetSenderStatsRequest, ListEndpointStatsRequest
 from outbox_client import CallError, Client
 from rich.console import Console
 from rich.live import Live
@@ -152,6 +152,7 @@ class _Monitor:
         """Query all three services. An unreachable one becomes a line of the view."""
         senders: list[SenderView] = []
         dispatchers: list[DispatcherStatus] = []
+        endpoints: Sequence[EndpointStats] = ()
         troubles: list[str] = []
         try:
             page = self.scheduler.senders.ListSenders(
@@ -161,6 +162,7 @@ class _Monitor:
             )
             self._next_page = page.next_page_token
             senders.extend(self._pool.map(self._ask, page.senders))
+            endpoints = self._ask_endpoints()
         except CallError as error:
             troubles.append(in_brief(error, "the scheduler or the stats service"))
         now = time.monotonic()
@@ -175,6 +177,7 @@ class _Monitor:
             datetime.now(UTC),
             senders,
             dispatchers,
+            endpoints,
             troubles,
             page=len(self._pages),
             more=bool(self._next_page),
@@ -187,6 +190,12 @@ class _Monitor:
             GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
         )
         return SenderView(sender, stats, self._explain(stats))
+
+    def _ask_endpoints(self) -> Sequence[EndpointStats]:
+        if not self.dispatchers:
+            return ()
+        request = ListEndpointStatsRequest(user_id=self.user)
+        return self.stats.stats.ListEndpointStats(request).endpoints
 
     def _explain(self, stats: SenderStats) -> ExplainEmailJobResponse | None:
         """Return why a sender's first mail waits, or None if no mail waits."""
@@ -310,5 +319,6 @@ def _document(view: View) -> dict[str, object]:
             for each in view.senders
         ],
         "dispatchers": [to_document(each) for each in view.dispatchers],
+        "endpoints": [to_document(each) for each in view.endpoints],
         "troubles": list(view.troubles),
     }

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
 from outbox.v1 import email_job_service_pb2 as jobs
 from outbox.v1.dispatcher_pb2 import DispatcherStatus, EndpointStatus
 from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Cooldown, Sender
-from outbox.v1.stats_pb2 import SenderStats
+from outbox.v1.stats_pb2 import EndpointStats, SenderStats
 from rich.console import Console, Group, RenderableType
 from rich.layout import Layout
 from rich.table import Table
@@ -41,6 +42,8 @@ _MIN_REASON: Final = 40
 _MIN_REPLY: Final = 12
 _MINUTE_S: Final = 60
 _HOUR_S: Final = 3_600
+# The least width with which endpoints have their latencies.
+_LATENCIES_FROM: Final = 80
 # The space between two columns.
 _SPACE: Final = 2
 _REASONS: Final = {
@@ -81,6 +84,7 @@ _HELP: Final = (
     ("in flight", "mails that are being sent, and how many may be"),
     ("sent/s, attempts/s", "averages of the last minute"),
     ("circuit", "open: connections fail, mail waits; in parentheses, open connections"),
+    ("p50, p99", "the time that half, and 99 of 100, of the last attempts took at most"),
 )
 # The number of senders shown even on a small screen.
 _MIN_SENDERS: Final = 3
@@ -103,6 +107,8 @@ class View:
     at: datetime
     senders: Sequence[SenderView] = ()
     dispatchers: Sequence[DispatcherStatus] = ()
+    # What happened lately at the endpoints, by user.
+    endpoints: Sequence[EndpointStats] = ()
     # Which services could not be reached, and why.
     troubles: Sequence[str] = field(default=())
     # The number of the page of senders, from 1, and whether another one follows.
@@ -169,7 +175,7 @@ def draw(view: View, selected: int, message: str, console: Console) -> Renderabl
         below += [
             Text(),
             _dispatchers(view.dispatchers),
-            _endpoints(view.dispatchers, console.width),
+            _endpoints(view, console.width),
         ]
     below += [Text(_line(trouble), "red") for trouble in view.troubles]
     under = _height(bottom, console)
@@ -270,13 +276,20 @@ def _dispatchers(dispatchers: Sequence[DispatcherStatus]) -> Table:
     return table
 
 
-def _endpoints(dispatchers: Sequence[DispatcherStatus], width: int) -> Table:
+def _endpoints(view: View, width: int) -> Table:
+    with_latencies = width >= _LATENCIES_FROM
     rows = [
-        (f"{each.host}:{each.port}", _circuit(each), _line(each.last_error))
-        for each in _joined(dispatchers)
+        (
+            f"{each.host}:{each.port}",
+            _circuit(each),
+            *(_latencies(view.endpoints, each) if with_latencies else ()),
+            _line(each.last_error),
+        )
+        for each in _joined(view.dispatchers)
     ]
     table = Table(box=None, pad_edge=False)
-    for place, name in enumerate(("endpoint", "circuit", "last error")):
+    latencies = ("p50", "p99") if with_latencies else ()
+    for place, name in enumerate(("endpoint", "circuit", *latencies, "last error")):
         size = max([len(name), *(len(row[place]) for row in rows)])
         # Only errors and server names can be long.
         size = min(size, width if name == "last error" else width // 2)
@@ -285,6 +298,20 @@ def _endpoints(dispatchers: Sequence[DispatcherStatus], width: int) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def _latencies(found: Sequence[EndpointStats], endpoint: EndpointStatus) -> tuple[str, str]:
+    """Return the latencies of an endpoint: those of the user for whom it is slowest."""
+    of_users = [each for each in found if (each.host, each.port) == (endpoint.host, endpoint.port)]
+    if not of_users:
+        return "", ""
+    slowest = max(of_users, key=lambda each: each.latency_p99.ToMicroseconds())
+    return _short(slowest.latency_p50), _short(slowest.latency_p99)
+
+
+def _short(latency: Duration) -> str:
+    seconds = latency.ToMicroseconds() / 1_000_000
+    return f"{seconds:.1f}s" if seconds >= 1 else f"{seconds * 1000:.0f}ms"
 
 
 def _joined(dispatchers: Sequence[DispatcherStatus]) -> list[EndpointStatus]:

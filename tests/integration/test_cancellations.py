@@ -295,7 +295,8 @@ async def test_the_time_of_a_head_does_not_grow_with_the_square_of_the_cancelled
         )
         await world.sql("ANALYZE")
         times: list[float] = []
-        for _ in range(3):
+        # The shortest of several, because other work of the machine only adds.
+        for _ in range(7):
             async with world.engine.connect() as connection:
                 began = time.perf_counter()
                 (head,) = await connection.execute(HEADS_STATEMENT, {"senders": [sender]})

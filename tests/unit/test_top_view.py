@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import email_job_service_pb2 as jobs
 from outbox.v1.dispatcher_pb2 import DispatcherStatus, EndpointStatus
 from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Cooldown, Sender
-from outbox.v1.stats_pb2 import SenderStats
+from outbox.v1.stats_pb2 import EndpointStats, SenderStats
 from rich.console import Console
 
 from outbox_server.cli.top_view import SenderView, View, draw, help_screen, why
@@ -39,6 +39,13 @@ def sender(
     )
 
 
+def latencies(user: str, p99_ms: int) -> EndpointStats:
+    found = EndpointStats(user_id=user, host="smtp1.example.com", port=587)
+    found.latency_p50.FromMilliseconds(40)
+    found.latency_p99.FromMilliseconds(p99_ms)
+    return found
+
+
 def screen(width: int, height: int, *, senders: int, selected: int = 0) -> list[str]:
     endpoints = [
         EndpointStatus(
@@ -50,6 +57,7 @@ def screen(width: int, height: int, *, senders: int, selected: int = 0) -> list[
         NOW,
         [sender(n) for n in range(senders)],
         [DispatcherStatus(dispatcher_id="one", concurrency=5, endpoints=endpoints)],
+        [latencies("ann", 90), latencies("", 2100)],
     )
     out = io.StringIO()
     console = Console(file=out, width=width, height=height, markup=False, force_terminal=False)
@@ -77,6 +85,12 @@ def test_an_endpoints_error_takes_one_line(width: int, height: int) -> None:
     assert len([line for line in lines if line.startswith("smtp")]) == 2
     assert "Errno" in "".join(lines)
     assert "The end." not in "".join(lines)
+
+
+def test_an_endpoint_shows_the_latency_of_the_user_for_whom_it_is_slowest() -> None:
+    first, second = (line for line in screen(140, 40, senders=3) if line.startswith("smtp"))
+    assert " 40ms 2.1s " in " ".join(second.split())
+    assert "ms" not in first.partition("Errno")[0]
 
 
 def test_a_wide_screen_has_every_column() -> None:
@@ -157,7 +171,7 @@ def test_text_of_a_foreign_server_cannot_control_the_terminal() -> None:
     steering = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r\nanother line"
     endpoint = EndpointStatus(host="smtp.example.com", port=587, last_error=steering)
     dispatcher = DispatcherStatus(dispatcher_id="one", concurrency=5, endpoints=[endpoint])
-    view = View(NOW, [cooling(steering)], [dispatcher], [steering])
+    view = View(NOW, [cooling(steering)], [dispatcher], troubles=[steering])
     out = io.StringIO()
     console = Console(file=out, width=300, height=40, markup=False, force_terminal=False)
     console.print(draw(view, 0, steering, console))
