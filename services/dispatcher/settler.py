@@ -254,14 +254,18 @@ class Settler:
             for request in requests:
                 request.fail(error)
             return False
-        if plain:
-            self._recorded(list(plain), Recorded(dues_of(records, moved)), tasks)
+        done = [outcome for outcome in plain if outcome.record.job.job_id in moved]
+        if done:
+            self._recorded(list(done), Recorded(dues_of(records, moved)), tasks)
+        if missed := [outcome for outcome in plain if outcome.record.job.job_id not in moved]:
+            # Locked, or not SENDING any more. The marks of others do not wait for them.
+            tasks.create_task(self._finish(list(missed), tasks))
         by_id = {job.job.job_id: job for job in jobs}
         for request in requests:
             found = [by_id[c.job.job_id] for c in request.claims if c.job.job_id in by_id]
             if not request.marked.done():
                 request.marked.set_result(found)
-        self._slots.settled(len(plain))
+        self._slots.settled(len(done))
         return True
 
     def _recorded(
@@ -271,13 +275,15 @@ class Settler:
         # leases expire. Before the release, so that the next claim finds what this frees.
         tasks.create_task(self._settle_in_redis(group, recorded))
 
-    async def _finish(self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup) -> None:
-        """Record a group in PostgreSQL, then in Redis."""
-        recorded = await self._until_recorded(group)
+    async def _finish(
+        self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup, *, alone: bool = False
+    ) -> None:
+        """Record a group in PostgreSQL, then in Redis. `alone`: nothing else waits for it."""
+        recorded = await self._until_recorded(group, alone=alone)
         if recorded is None:
-            # The others must not wait for the outcome whose row is locked.
+            # The others, and later groups, must not wait for the outcome whose row is locked.
             for outcome in group:
-                tasks.create_task(self._finish([outcome], tasks))
+                tasks.create_task(self._finish([outcome], tasks, alone=True))
             return
         self._recorded(group, recorded, tasks)
         self._slots.settled(len(group))
@@ -397,14 +403,14 @@ class Settler:
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _release_failed(len(group), error)
 
-    async def _until_recorded(self, group: list[ClaimOutcome]) -> Recorded | None:
-        """Record a group, however long it takes. None: somebody has locked a row of several."""
+    async def _until_recorded(self, group: list[ClaimOutcome], *, alone: bool) -> Recorded | None:
+        """Record a group, however long it takes. None: a row is locked, and it is not `alone`."""
         failing = False
         while True:
             try:
                 return await self._record(group)
             except DATABASE_ERRORS as error:
-                if len(group) > 1 and is_locked(error):
+                if not alone and is_locked(error):
                     return None
                 if not failing:
                     _log.warning("outcomes_wait", jobs=len(group), error=type(error).__name__)

@@ -12,9 +12,12 @@ from sqlalchemy import (
     CTE,
     BigInteger,
     Boolean,
+    ColumnElement,
+    FromClause,
     Integer,
     SmallInteger,
     Text,
+    and_,
     bindparam,
     case,
     column,
@@ -114,35 +117,53 @@ _outcome = (
 )
 
 
-def ending() -> tuple[CTE, CTE]:
-    """Return the parts of a statement that end attempts, and that log them."""
+def _unlocked() -> CTE:
+    """Return the outcomes of jobs that nobody else has locked."""
+    return (
+        select(*_outcome.c)
+        .join(EmailJob, _is_of(_outcome))
+        .with_for_update(of=EmailJob, key_share=True, skip_locked=True)
+        .cte("unlocked")
+    )
+
+
+def _is_of(outcome: FromClause) -> ColumnElement[bool]:
+    return and_(
+        EmailJob.id == outcome.c.id,
+        EmailJob.attempt == outcome.c.attempt,
+        # `+ 0`: the plan is kept, and must not read all jobs that are SENDING.
+        EmailJob.state + 0 == int(JobState.SENDING),
+    )
+
+
+def ending(*, waits: bool = True) -> tuple[CTE, CTE]:
+    """Return the parts of a statement that end attempts, and that log them.
+
+    `waits` False: jobs that somebody else has locked are left out.
+    """
+    outcome: FromClause = _outcome if waits else _unlocked()
     # The start of the statement minus the time since the end. Never before the true end.
-    ended_at = func.statement_timestamp() - milliseconds(_outcome.c.ended_ms)
+    ended_at = func.statement_timestamp() - milliseconds(outcome.c.ended_ms)
     ended = (
         update(EmailJob)
         .values(
-            state=_outcome.c.state,
-            failures=_outcome.c.failures,
+            state=outcome.c.state,
+            failures=outcome.c.failures,
             lease_until=null(),
-            finished_at=case((_outcome.c.state != JobState.SCHEDULED, ended_at), else_=null()),
+            finished_at=case((outcome.c.state != JobState.SCHEDULED, ended_at), else_=null()),
             scheduled_at=case(
                 (
-                    _outcome.c.state == JobState.SCHEDULED,
-                    ended_at + milliseconds(func.coalesce(_outcome.c.retry_ms, 0)),
+                    outcome.c.state == JobState.SCHEDULED,
+                    ended_at + milliseconds(func.coalesce(outcome.c.retry_ms, 0)),
                 ),
                 else_=EmailJob.scheduled_at,
             ),
             deferred_since=case(
-                (_outcome.c.deferred, func.coalesce(EmailJob.deferred_since, ended_at)),
+                (outcome.c.deferred, func.coalesce(EmailJob.deferred_since, ended_at)),
                 else_=EmailJob.deferred_since,
             ),
         )
-        .where(
-            EmailJob.id == _outcome.c.id,
-            EmailJob.attempt == _outcome.c.attempt,
-            # `+ 0`: the plan is kept, and must not read all jobs that are SENDING.
-            EmailJob.state + 0 == int(JobState.SENDING),
-        )
+        .where(_is_of(outcome))
         .returning(
             EmailJob.id,
             EmailJob.attempt,
@@ -151,16 +172,16 @@ def ending() -> tuple[CTE, CTE]:
             EmailJob.state,
             EmailJob.scheduled_at,
             EmailJob.finished_at,
-            (func.statement_timestamp() - milliseconds(_outcome.c.started_ms)).label("started_at"),
+            (func.statement_timestamp() - milliseconds(outcome.c.started_ms)).label("started_at"),
             ended_at.label("ended_at"),
-            _outcome.c.outcome,
-            _outcome.c.counted,
-            _outcome.c.late_ms,
-            _outcome.c.code,
-            _outcome.c.enhanced,
-            _outcome.c.message,
-            _outcome.c.reply_class,
-            _outcome.c.endpoint,
+            outcome.c.outcome,
+            outcome.c.counted,
+            outcome.c.late_ms,
+            outcome.c.code,
+            outcome.c.enhanced,
+            outcome.c.message,
+            outcome.c.reply_class,
+            outcome.c.endpoint,
         )
         .cte("ended")
     )

@@ -32,7 +32,8 @@ _DUE: Final = 7
 
 
 def _turn_statement() -> Any:
-    ended, logged = ending()
+    # It must not wait: the marks see what was committed when it began, and are of all users.
+    ended, logged = ending(waits=False)
     marked = marking(first=ended)
     jobs = marked_columns(marked)
     nulls: list[Any] = [null()] * len(jobs.selected_columns)
@@ -51,7 +52,10 @@ async def settle_and_mark(
     claimed: Marking,
     dispatcher: int | None = None,
 ) -> tuple[dict[int, int], list[MarkedJob]]:
-    """Do what `settle` and `mark_sending` do, and return what they return: both or nothing."""
+    """Do what `settle` and `mark_sending` do, and return what they return: both or nothing.
+
+    Jobs that somebody else has locked are not settled, and are missing from the result too.
+    """
     rows = await TURN.run(connection, outcome_values(records, now, dispatcher) | claimed.values())
     dues: dict[int, int] = {}
     jobs: list[MarkedJob] = []
