@@ -238,6 +238,11 @@ class Dispatcher:
                 if slots > 1:
                     self._slots.release(slots - 1)
                 slots, ahead = min(slots, 1), 0
+                if not slots:
+                    # A claim of nothing would say nothing about the server.
+                    listener.clear()
+                    await listener.wait(_RETRY)
+                    continue
             listener.clear()
             if self._loader.lives.is_superseded(queue):
                 self._slots.return_ahead(ahead)
