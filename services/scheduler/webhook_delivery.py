@@ -123,10 +123,10 @@ class WebhookDelivery:
         return timedelta(0) if self._after else _PAUSE
 
     def _pick(self, waiting: Sequence[storage.WaitingWebhook], free: int) -> list[int]:
-        """Return the webhooks to work on: a few of each user."""
+        """Return the webhooks to work on: a few of each user, first those that rested longest."""
         counts = Counter(webhook.user_id for webhook in self._working.values())
         picked: list[int] = []
-        for one in waiting:
+        for one in sorted(waiting, key=lambda each: each.next_at):
             if len(picked) < free and counts[one.user_id] < _AT_ONCE_PER_USER:
                 counts[one.user_id] += 1
                 picked.append(one.webhook_id)

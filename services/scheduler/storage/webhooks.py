@@ -15,7 +15,7 @@ from outbox_server.shared import bounds
 from outbox_server.shared.database.models import JobEvent, WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.errors import ResourceExhausted
-from outbox_server.shared.events.storage import read_drawn
+from outbox_server.shared.events.storage import find_start, read_drawn
 from outbox_server.shared.quotas.storage import lock_user
 from outbox_server.shared.states import JobState
 
@@ -105,7 +105,9 @@ def _delivery(row: Any) -> DeliveryRecord:
 async def insert_webhook(
     connection: AsyncConnection, webhook_id: int, user_id: str, values: Mapping[str, Any]
 ) -> WebhookRecord:
-    """Add a webhook, which gets the events from now on.
+    """Add a webhook, which gets the events from now on, and those of the last minute.
+
+    Some of the ids that were drawn already may be committed later, in transactions under way.
 
     Raises:
         ResourceExhausted: USER_WEBHOOKS_EXCEEDED.
@@ -118,11 +120,11 @@ async def insert_webhook(
             f"a user has at most {bounds.MAX_WEBHOOKS} webhooks; delete one first",
             reason="USER_WEBHOOKS_EXCEEDED",
         )
-    drawn = await read_drawn(connection)
+    start = await find_start(connection, (await read_drawn(connection)).at)
     statement = (
         insert(WebhookRow)
         .values(
-            id=webhook_id, user_id=owner_of(user_id), after_event=drawn.event_id, **dict(values)
+            id=webhook_id, user_id=owner_of(user_id), after_event=start.event_id, **dict(values)
         )
         .returning(*_COLUMNS)
     )
@@ -233,6 +235,8 @@ class WaitingWebhook:
 
     webhook_id: int
     user_id: str
+    # Since when it may be worked on.
+    next_at: datetime
     # Whether there is something, or it was only looked at.
     has_work: bool
 
@@ -265,6 +269,7 @@ async def find_work(
         select(
             WebhookRow.id,
             WebhookRow.user_id,
+            WebhookRow.next_at,
             (~rests & or_(events.exists(), _DUE_DELIVERY.exists())).label("has_work"),
         )
         .where(WebhookRow.id > after)
@@ -333,7 +338,8 @@ async def release(
             "failures": WebhookRow.failures + 1,
             "failing_since": since,
             "error": error,
-            "disabled": True if disable else given_up,
+            # Its user may have disabled it during the request.
+            "disabled": True if disable else WebhookRow.disabled | given_up,
         }
     done = await connection.execute(
         update(WebhookRow)
