@@ -39,7 +39,7 @@ _COLUMNS: Final = (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Create, show and revoke API keys by calls (operators only).",
+    help="Create, show and revoke API keys over gRPC (operators only).",
 )
 
 KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", help="Id from `outbox api-keys list`.")]
@@ -56,7 +56,10 @@ def create(
         bool, typer.Option("--service", help="Key of a backend service; acts for any user.")
     ] = False,
     operator: Annotated[
-        bool, typer.Option("--operator", help="Key of an operator; acts for any user.")
+        bool,
+        typer.Option(
+            "--operator", help="Key of an operator; any user, and the commands for operators."
+        ),
     ] = False,
     name: Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")] = "",
     read_only: Annotated[
@@ -114,7 +117,7 @@ def list_(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the API keys by id, with revoked ones but without the secrets."""
+    """List the API keys by id, revoked and expired ones included, without their secrets."""
     request = pb.ListApiKeysRequest(user_id=user)
     with connection("scheduler", server) as client:
         found = pages(client.api_keys.ListApiKeys, request, "api_keys", paging)
@@ -130,7 +133,7 @@ def revoke(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Revoke an API key for good. Within 5 s, no server accepts it any more.
+    """Revoke an API key for good. After at most 5 s, no server accepts it.
 
     $ outbox api-keys revoke k7m2p4x9qa
     """

@@ -65,7 +65,7 @@ class ConnectionOptions:
         _option(
             "--timeout",
             "DURATION",
-            "Limit of each call, retries included (default: 30s; watches have none).",
+            "Limit of each call, retries included (default: 30s, uploads 1h; watches have none).",
             parser=_read_timeout,
         ),
     ] = None

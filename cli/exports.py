@@ -25,7 +25,7 @@ class ExportFormat(StrEnum):
 
 ExportOutput = Annotated[
     ExportFormat,
-    typer.Option("--output", "-o", help="csv, or json: one document a line."),
+    typer.Option("--output", "-o", help="csv, or json: one JSON document per line."),
 ]
 
 

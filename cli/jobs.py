@@ -77,7 +77,7 @@ _ATTEMPT_COLUMNS = (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Show, render, explain, cancel and retry e-mail jobs.",
+    help="Show, watch, export, explain, cancel and retry e-mail jobs.",
 )
 
 app.command()(watch)

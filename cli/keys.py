@@ -42,7 +42,9 @@ Service = Annotated[
 ]
 Operator = Annotated[
     bool,
-    typer.Option("--operator", help="Key of an operator; any user, and the dispatcher commands."),
+    typer.Option(
+        "--operator", help="Key of an operator; any user, and the commands for operators."
+    ),
 ]
 Name = Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")]
 

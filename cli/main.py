@@ -44,11 +44,15 @@ class OutboxGroup(LazyGroup):
             "outbox_server.cli.schedule", "Upload a CSV of recipients as a batch.", _CLIENT
         ),
         "senders": Entry(
-            "outbox_server.cli.senders", "Create, show, update, pause and delete senders.", _CLIENT
+            "outbox_server.cli.senders",
+            "Create, show, update, test, pause and delete senders.",
+            _CLIENT,
         ),
         "batches": Entry("outbox_server.cli.batches", "Show, watch and cancel batches.", _CLIENT),
         "jobs": Entry(
-            "outbox_server.cli.jobs", "Show, explain, cancel and retry e-mail jobs.", _CLIENT
+            "outbox_server.cli.jobs",
+            "Show, watch, export, explain, cancel and retry e-mail jobs.",
+            _CLIENT,
         ),
         "top": Entry(
             "outbox_server.cli.top",
@@ -75,12 +79,12 @@ class OutboxGroup(LazyGroup):
         ),
         "api-keys": Entry(
             "outbox_server.cli.api_keys",
-            "Create, show and revoke API keys by calls (operators only).",
+            "Create, show and revoke API keys over gRPC (operators only).",
             _CLIENT,
         ),
         "users": Entry(
             "outbox_server.cli.users",
-            "Show and change the quotas and sender domains of users.",
+            "Show users, and change their quotas and sender domains.",
             _SERVICES,
         ),
         "settings": Entry(
@@ -99,7 +103,7 @@ class OutboxGroup(LazyGroup):
         "scheduler": Entry("outbox_server.cli.scheduler", "Run the scheduler.", _SERVICES),
         "dispatcher": Entry(
             "outbox_server.cli.dispatcher",
-            "Run a dispatcher, or query a running one (status, drain).",
+            "Run a dispatcher, or query running ones (status, list, drain).",
             _SERVICES,
         ),
         "stats": Entry(

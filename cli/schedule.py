@@ -177,7 +177,7 @@ def schedule(
         typer.Option(
             "--header",
             metavar="'NAME: VALUE'",
-            help="Header of the mails; the value may be a template. Repeat it for more.",
+            help="Header of the mails; the value may be a template. Repeatable.",
         ),
     ] = None,
     name_column: Annotated[
@@ -193,7 +193,7 @@ def schedule(
         typer.Option(
             "--label",
             metavar="KEY=VALUE",
-            help="Label of the batch and its jobs. Repeat it for more.",
+            help="Label of the batch and its jobs. Repeatable.",
         ),
     ] = None,
     external_id_column: Annotated[
@@ -207,7 +207,7 @@ def schedule(
         typer.Option(
             "--label-column",
             metavar="NAME",
-            help="Column whose cells are labels of their jobs. Repeat it for more.",
+            help="Column whose cells are labels of their jobs. Repeatable.",
         ),
     ] = None,
     request: Annotated[

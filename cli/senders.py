@@ -185,11 +185,13 @@ def update(
 def send_test(
     sender_id: SenderId,
     *,
-    recipient: Annotated[str, typer.Option("--recipient", help="Address that gets the mail.")],
+    recipient: Annotated[str, typer.Option("--recipient", help="Address of the mail.")],
     subject: Annotated[
         str, typer.Option("--subject", help="Subject, a Liquid template.")
     ] = "A test of Outbox",
-    body: Annotated[str | None, typer.Option("--body", help="Text, a Liquid template.")] = None,
+    body: Annotated[
+        str | None, typer.Option("--body", help="Plain text, a Liquid template.")
+    ] = None,
     body_file: Annotated[
         Path | None, typer.Option("--body-file", help="File containing the --body.")
     ] = None,
@@ -211,10 +213,10 @@ def send_test(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Send one mail as a test, within the limits of the sender. It is due at once.
+    r"""Send one test mail, due at once, within the limits of the sender.
 
-    $ outbox senders test SENDER_ID --recipient me@example.com --body 'Dear {{ name }}' --column
-    name=Ann
+    $ outbox senders test $SENDER --recipient me@example.com \
+      --body 'Dear {{ name }}' --column name=Ann
     """
     text = text_or_file(body, body_file, "--body, --body-file")
     page = text_or_file(html, html_file, "--html, --html-file")

@@ -185,8 +185,8 @@ app.command()(series)
 def endpoints(user: User = "", server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     """Show what happened lately at SMTP endpoints: replies, latencies, circuits.
 
-    Of the last 5 to 10 minutes. An operator who names no user gets those of
-    all users, and the relay, which has no user.
+    Lately means the last 5 to 10 minutes. An operator who names no user gets
+    the endpoints of all users, and the relay, which belongs to no user.
 
     $ outbox stats endpoints --user demo
     """

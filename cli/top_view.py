@@ -77,7 +77,7 @@ _HELP: Final = (
     ("", "Columns of senders"),
     ("used", "sends of the last hour, and the hourly limit"),
     ("sending, waiting", "mails that are being sent, and that wait"),
-    ("sent, failed", "counts since the sender exists"),
+    ("sent, failed", "counts since the sender was created"),
     ("next", "when the first waiting mail is due"),
     ("waits for", "why it is not being sent, and until when"),
     ("", "Columns of dispatchers and endpoints"),

@@ -49,7 +49,7 @@ def watch(
             "--state",
             parser=enum_reader(EmailJobState, "EMAIL_JOB_STATE_"),
             metavar="STATE",
-            help="Only changes to this state. Repeat for several.",
+            help="Only changes to this state. Repeatable.",
         ),
     ] = None,
     resume_token: Annotated[
@@ -66,7 +66,7 @@ def watch(
 ) -> None:
     """Show every change of a user's jobs as it is committed, until Ctrl-C.
 
-    With `-o json`, each line is a message with its `resume_token`.
+    With `-o json`, each line is a JSON document: a message with its `resume_token`.
 
     $ outbox jobs watch --user demo --state SENT --state FAILED
     """

@@ -43,7 +43,7 @@ States = Annotated[
         "--state",
         parser=enum_reader(EmailJobState, "EMAIL_JOB_STATE_"),
         metavar="STATE",
-        help="Only changes to this state. Repeat for several.",
+        help="Only changes to this state. Repeatable.",
     ),
 ]
 
@@ -114,13 +114,14 @@ def update(
     url: Annotated[str | None, typer.Option("--url", help="Where to post.")] = None,
     state: States = None,
     disabled: Annotated[
-        bool | None, typer.Option("--disable/--enable", help="Stop, or go on.")
+        bool | None,
+        typer.Option("--disable/--enable", help="Stop posting, or continue where it stopped."),
     ] = None,
     change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Change a webhook, stop it, or let it go on where it stopped.
+    """Change a webhook, stop it, or let it continue where it stopped.
 
     $ outbox webhooks update 3751 --user demo --enable
     """
@@ -170,7 +171,7 @@ def try_(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Post one event that says nothing. Fails if the answer is not 2xx."""
+    """Post a test message to a webhook; exit code 1 if the answer is not 2xx."""
     with connection("scheduler", server) as client:
         answer = client.webhooks.TestWebhook(
             change.of(pb.TestWebhookRequest(webhook_id=webhook_id, user_id=user))
@@ -190,7 +191,7 @@ def deliveries(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the deliveries of a webhook that have failed."""
+    """List the failed deliveries of a webhook: those to be tried again, and those given up."""
     request = pb.ListWebhookDeliveriesRequest(webhook_id=webhook_id, user_id=user)
     with connection("scheduler", server) as client:
         page = pages(client.webhooks.ListWebhookDeliveries, request, "webhook_deliveries", paging)
@@ -204,14 +205,16 @@ def redeliver(
     *,
     delivery: Annotated[
         str,
-        typer.Option("--delivery", metavar="ID", help="Only this one. Default: all given up."),
+        typer.Option(
+            "--delivery", metavar="ID", help="Only this delivery (default: all that were given up)."
+        ),
     ] = "",
     user: User = "",
     change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Try failed deliveries again from now on."""
+    """Try again the deliveries that were given up, or one delivery."""
     request = pb.RedeliverWebhookRequest(
         webhook_id=webhook_id, user_id=user, webhook_delivery_id=delivery
     )

@@ -158,7 +158,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         request: webhook_service_pb2.TestWebhookRequest,
         context: Context,
     ) -> webhook_service_pb2.TestWebhookResponse:
-        """Post one event that says nothing, and return what came back."""
+        """Post a test message, and return what came back."""
         user_id = acting_user(request.user_id)
 
         async def test() -> Made[webhook_service_pb2.TestWebhookResponse]:
