@@ -16,7 +16,7 @@ _REASON: Final = "Why the change is made, for the audit log."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
-    """What the audit log learns of a change that is safe to repeat without an id."""
+    """What the audit log records about a change that is safe to repeat without an id."""
 
     identity: Annotated[
         str,
@@ -42,7 +42,7 @@ class AuditOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeOptions:
-    """What makes a change safe to repeat, and what the audit log learns of it."""
+    """What makes a change safe to repeat, and what the audit log records about it."""
 
     request_id: Annotated[
         str,

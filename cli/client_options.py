@@ -83,7 +83,7 @@ def _before(flag: str, metavar: str, text: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionsBeforeCommand:
-    """The same options as texts, given before the command's name: its own options read them."""
+    """The same options before the command's name, as texts that the command's own options parse."""
 
     user: Annotated[
         str | None, _before("--user", "ID", "Owner; required with a service or operator key.")

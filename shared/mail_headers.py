@@ -28,7 +28,7 @@ _ALLOWED: Final = {
     )
 }
 _OWN_NAME: Final = re.compile(r"[Xx]-[A-Za-z0-9][A-Za-z0-9-]*", re.ASCII)
-# For headers of our own, should there ever be some.
+# Reserved for headers that Outbox writes itself, such as X-Outbox-Test.
 _RESERVED: Final = "x-outbox-"
 CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _URI: Final = r"<(?:https?://|mailto:)[!-;=?-~]+>"

@@ -49,7 +49,7 @@ class ClaimGroup:
 class ClaimGroups:
     """Starts the claims that may go on. All others wait in `Slots`.
 
-    `process` begins to work on a group, with what `Settler.mark` has promised for it.
+    `process` begins to work on a group, with the future that `Settler.mark` returned for it.
     """
 
     def __init__(

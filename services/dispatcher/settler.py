@@ -61,7 +61,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(eq=False, slots=True)
 class _MarkRequest:
-    """Claims of one life of a shard, and what `Settler.mark` has promised for them."""
+    """Claims of one life of a shard, and the future that `Settler.mark` returned for them."""
 
     queue: Queue
     claims: Sequence[Claim]
@@ -97,10 +97,10 @@ class Settler:
         """Set up a settler.
 
         `lease` is that of the claims, and `seen` the number of the newest heartbeat seen.
-        `hand_over` is called with a number of ends before one statement records them: what it lets
-        `mark` ask for is marked by the same statement. `confirmed_at` returns since when no change
-        of the settings can be unknown here. `dispatcher` returns the number of this process; None
-        while it is unknown.
+        `hand_over` is called with the number of mails that ended, before a statement records them.
+        The same statement marks the claims for which it calls `mark`. `confirmed_at` returns since
+        when no change of the settings can be unknown here. `dispatcher` returns the number of this
+        process; None while it is unknown.
         """
         self._dispatcher = dispatcher
         self._lease = lease

@@ -67,7 +67,7 @@ def message_id(webhook_id: int, after_event: int, last_event: int) -> str:
 
 
 def pause_after(failures: int) -> timedelta:
-    """Return how long a webhook rests after so many failed requests in a row."""
+    """Return how long a webhook gets no request after so many failures in a row."""
     return min(timedelta(seconds=2 ** min(failures, 10)), _LONGEST_PAUSE)
 
 

@@ -1,13 +1,13 @@
-"""Finds up to which event readers may read, so that none appears later that they have passed.
+"""Finds the last event that readers may read, so that they skip none that is committed late.
 
 Ids are drawn in one order and committed in another. A reader that remembered only the last id that
 it has seen would miss an event with a smaller id that is committed later. So readers stop at the
 horizon: every event up to it is committed, or never will be.
 
-A transaction takes a shared advisory lock before it draws its first id, and ends it after its rows
-are visible. The horizon is the last id that was drawn before the holders of the lock were read,
-as soon as none of those holders is left. Ids of transactions that hold back the horizon of
-snapshots, such as uploads and backups, do not matter.
+A transaction takes a shared advisory lock before it draws its first id, and releases it after its
+rows are visible. The horizon is the last id that was drawn before the holders of the lock were
+read, as soon as none of those holders is left. Other long transactions, such as backups, hold no
+such lock, so they do not delay readers. An upload takes it at its end only.
 """
 
 from __future__ import annotations

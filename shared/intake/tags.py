@@ -17,7 +17,7 @@ _KEY_BYTES: Final = 8
 
 
 class RowTags(NamedTuple):
-    """What a caller calls a job. None means nothing. `labels` is a JSON object of texts."""
+    """The caller's own id and labels of a job, or None. `labels` is a JSON object of texts."""
 
     external_id: str | None = None
     labels: str | None = None

@@ -47,7 +47,7 @@ class OldKeys:
     async def delete(self) -> int:
         """Delete the keys, in small steps, and return how many there were.
 
-        All nodes of a cluster are searched: one that has no shard of today may have had one.
+        All nodes of a cluster are searched: one that has no shard now may have had one before.
 
         Raises:
             redis.exceptions.RedisError, OSError: a server cannot be reached. The others were

@@ -1,4 +1,4 @@
-"""The events in the audit log of calls that change many jobs, a part at a time."""
+"""The audit log of calls that change many jobs: one event for each part of a change."""
 
 from __future__ import annotations
 

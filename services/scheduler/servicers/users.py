@@ -66,7 +66,7 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
         request: user_service_pb2.ListUsersRequest,
         context: Context,
     ) -> user_service_pb2.ListUsersResponse:
-        """Return one page of the users that have something."""
+        """Return one page of the users that Outbox knows."""
         page = requested_page(request, "users", start=("",))
         async with self._engine.connect() as connection:
             found = await storage.list_users(connection, *page.after, page.limit)

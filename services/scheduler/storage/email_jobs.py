@@ -77,7 +77,7 @@ class JobRecord:
     deferred_since: datetime | None
     # When its batch was accepted.
     created_at: datetime
-    # What the caller calls it. None means nothing. The labels are those of the batch, too.
+    # The caller's own id; None means none. The labels are its own and those of its batch.
     external_id: str | None
     labels: Mapping[str, str]
     # Whether SendTestEmail made it.

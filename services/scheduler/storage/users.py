@@ -86,7 +86,7 @@ def _users_in(column: InstrumentedAttribute[Any], after: str, limit: int) -> Sel
 
 
 async def list_users(connection: AsyncConnection, after: str, limit: int) -> Sequence[UserRecord]:
-    """Return the first `limit` users after `after` that have something.
+    """Return the first `limit` users after `after` that Outbox knows.
 
     That is a sender, also a deleted one (all batches and jobs have one), a suppression, an API key,
     or what an operator has set.

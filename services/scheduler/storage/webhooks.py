@@ -254,7 +254,7 @@ _DUE_DELIVERY: Final = (
 async def find_work(
     connection: AsyncConnection, after: int, horizon: int, limit: int
 ) -> Sequence[WaitingWebhook]:
-    """Return the first webhooks after an id, and whether each has something to post."""
+    """Return the first webhooks after an id, each with whether there is something to post."""
     events = (
         select(JobEvent.id)
         .where(

@@ -1,4 +1,4 @@
-"""What the dispatchers that run have lately counted at SMTP endpoints."""
+"""Reads what the running dispatchers have lately counted at SMTP endpoints."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ class Batch(Base):
     headers: Mapped[list[list[str]] | None] = mapped_column(JSONB(none_as_null=True))
     # The name of the variable with the recipient's name. NULL means none.
     name_column: Mapped[str | None] = mapped_column(Text)
-    # What the caller calls the batch. NULL means nothing.
+    # The caller's own id of the batch. NULL means none.
     external_id: Mapped[str | None] = mapped_column(Text)
     labels: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
     # Whether some of its jobs have labels of their own.
@@ -342,7 +342,7 @@ class EmailJob(Base):
     # A JSON array of strings, in the order of `batches.variable_names`. NULL means none. It is text
     # instead of jsonb: SQL never reads into it, and jsonb would be parsed at every COPY.
     variables: Mapped[str | None] = mapped_column(Text)
-    # What the caller calls the job. NULL means nothing. `external_key` contains the user, so that a
+    # The caller's own id of the job. NULL means none. `external_key` contains the user, so that a
     # search reads no jobs of others (shared/intake/tags.py).
     external_id: Mapped[str | None] = mapped_column(Text)
     external_key: Mapped[int | None] = mapped_column(BigInteger)

@@ -182,7 +182,7 @@ local function visit_due(most)
     end
 end
 
--- Senders that were claimed from since they were parked leave their places to others of the user.
+-- If jobs of a parked sender were claimed meanwhile, its place is free for another one of the user.
 -- Returns whether there may be more than are considered at once.
 local function visit_parked()
     for _ = 1, 4 do
