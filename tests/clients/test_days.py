@@ -51,7 +51,7 @@ async def up() -> AsyncIterator[RunningUp]:
 
 
 @pytest.mark.parametrize("language", PROGRAMS)
-async def test_a_client_in_another_language_does_a_realistic_day(
+async def test_a_client_in_another_language_makes_a_days_calls(
     up: RunningUp, language: str, tmp_path: Path
 ) -> None:
     # As published, but for the limit of a call: a busy machine restarts the scheduler slowly.

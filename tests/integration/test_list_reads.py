@@ -171,7 +171,7 @@ async def test_no_page_reads_more_rows_than_the_budget(
         assert rows <= MOST, report
 
 
-async def test_many_jobs_of_others_to_one_address_make_no_page_read_more(
+async def test_a_page_by_address_reads_few_rows_although_others_write_to_it(
     new_database: Callable[[], str], redis_url: str
 ) -> None:
     async with filled(new_database(), redis_url, analysed=False) as engine:

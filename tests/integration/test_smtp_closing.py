@@ -63,7 +63,7 @@ async def test_a_421_counts_whether_or_not_the_server_closes(
     ],
 )
 @pytest.mark.parametrize("extensions", [(), PIPELINING], ids=["in_sequence", "pipelined"])
-async def test_a_421_counts_wherever_it_stands(
+async def test_a_421_in_reply_to_any_command_counts(
     pool: SmtpPool, replies: dict[str, Any], extensions: tuple[str, ...]
 ) -> None:
     async with ScriptedServer(replies, extensions=extensions) as server:

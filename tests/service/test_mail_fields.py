@@ -337,7 +337,7 @@ async def test_a_wrong_id_or_label_of_a_row_rejects_the_row(
     assert (rejection.column, rejection.reason) == ("id", "EXTERNAL_ID_INVALID")
 
 
-async def test_the_same_request_with_other_ids_is_another_request(
+async def test_a_request_id_is_refused_with_other_ids_or_labels(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     row = {"external_id": "1", "labels": {"a": "1", "b": "2"}}
@@ -357,7 +357,7 @@ async def test_the_same_request_with_other_ids_is_another_request(
         assert (await refusal_of(call)).reason == "REQUEST_ID_REUSED"
 
 
-async def test_what_names_an_erased_person_is_erased(
+async def test_the_ids_labels_and_headers_of_an_erased_recipient_are_erased(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     row = {

@@ -106,7 +106,9 @@ async def _waiting(scheduler: Scheduler) -> list[str]:
     return [job.email_job_id for job in found] if len(found) == 1 else []
 
 
-async def test_other_mail_is_no_test(scheduler: Scheduler, sender: sender_pb2.Sender) -> None:
+async def test_only_test_mail_is_marked_as_a_test(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
     answer = await scheduler.schedule(sender)
     assert not answer.batch.test
     request = ListEmailJobsRequest(batch_id=answer.batch.batch_id)

@@ -348,9 +348,7 @@ async def test_invalid_changes_of_a_user_are_refused(
         assert both.scheduler.value("SELECT count(*) FROM users") == 0
 
 
-async def test_every_user_that_has_something_is_listed_once(
-    database_url: str, redis_url: str
-) -> None:
+async def test_every_known_user_is_listed_once(database_url: str, redis_url: str) -> None:
     async with rivals(database_url, redis_url) as both:
         execute = both.scheduler.execute
         execute(

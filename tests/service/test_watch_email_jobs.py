@@ -140,7 +140,7 @@ async def test_every_change_is_delivered_with_what_it_says(
     assert {event.email_job_id for event in rest} == {str(second), str(third)}
 
 
-async def test_filters_choose_and_no_other_user_is_seen(
+async def test_a_watch_has_only_the_events_of_its_filters_and_user(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     hers = (await scheduler.schedule(sender, CSV)).batch
@@ -236,7 +236,7 @@ async def test_a_start_time_finds_its_place_among_many_events(scheduler: Schedul
     assert ids == list(range(ids[0], 1901))
 
 
-async def test_a_token_of_another_past_is_refused(
+async def test_a_token_of_events_that_a_restore_lost_is_refused(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     watch = await Watch(scheduler).begun()

@@ -121,7 +121,7 @@ async def test_a_job_given_back_while_its_sender_is_parked_is_claimed_once(shard
     assert await shard.claimed(9) == []
 
 
-async def test_parked_senders_that_were_claimed_from_meanwhile_take_nobodys_place(
+async def test_a_claim_skips_places_of_parked_senders_that_were_served_meanwhile(
     crowd: Shard,
 ) -> None:
     await crowd.load(sender(5, "eve", due=-2_000), sender(6, "eve", due=-2_000))
