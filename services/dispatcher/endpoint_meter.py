@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -13,8 +14,9 @@ from outbox_server.shared.states import ReplyClass
 
 # There are two slots: the present one, and the one before.
 _SLOT_S: Final = 300.0
-# Endpoints that one slot counts. Further ones are left out until the next slot.
+# Endpoints that one slot counts, and of one user. Further ones are left out until the next slot.
 _MOST: Final = 1_000
+_MOST_OF_USER: Final = 50
 _CLASSES: Final = max(ReplyClass) + 1
 
 
@@ -52,6 +54,8 @@ class EndpointMeter:
         self._began = clock()
         self._slot: dict[EndpointName, EndpointFigures] = {}
         self._before: dict[EndpointName, EndpointFigures] = {}
+        # The endpoints in the slot, by user.
+        self._of_users: Counter[str] = Counter()
 
     def count(self, endpoint: Endpoint, reply_class: ReplyClass | None, seconds: float) -> None:
         """Count an attempt that ended after some seconds."""
@@ -59,8 +63,9 @@ class EndpointMeter:
         name = EndpointName(endpoint.chosen_by, endpoint.host, endpoint.port)
         figures = self._slot.get(name)
         if figures is None:
-            if len(self._slot) >= _MOST:
+            if self._of_users[name.user_id] >= _MOST_OF_USER or len(self._slot) >= _MOST:
                 return
+            self._of_users[name.user_id] += 1
             figures = self._slot[name] = EndpointFigures(endpoint.circuit)
         # A new password gives a new key.
         figures.circuit = endpoint.circuit
@@ -81,3 +86,4 @@ class EndpointMeter:
         while now - self._began >= _SLOT_S:
             self._began = max(self._began + _SLOT_S, now - _SLOT_S)
             self._before, self._slot = self._slot, {}
+            self._of_users.clear()

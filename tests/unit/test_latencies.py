@@ -49,6 +49,20 @@ def test_attempts_are_counted_for_five_to_ten_minutes() -> None:
     assert sent() == 0
     # No number of endpoints makes it grow without end.
     for port in range(1, 3_000):
-        meter.count(Endpoint("mail.example", port, SmtpSecurity.NONE), None, 0.1)
+        user = f"u{port % 100}"
+        meter.count(Endpoint("mail.example", port, SmtpSecurity.NONE, chosen_by=user), None, 0.1)
     assert len(meter.figures()) == 1_000
     assert quantile([0, 3], 0.5) == timedelta(milliseconds=2 ** (1 / 4))
+
+
+def test_one_user_leaves_room_for_the_endpoints_of_others() -> None:
+    meter = EndpointMeter()
+    for number in range(2_000):
+        host = f"h{number}.attacker.example"
+        meter.count(Endpoint(host, 25, SmtpSecurity.NONE, chosen_by="a"), None, 0.1)
+    meter.count(Endpoint("mx.victim.example", 25, SmtpSecurity.NONE, chosen_by="b"), None, 0.1)
+    meter.count(Endpoint("relay.test", 25, SmtpSecurity.NONE, operators=True), None, 0.1)
+    figures = meter.figures()
+    assert EndpointName("b", "mx.victim.example", 25) in figures
+    assert EndpointName("", "relay.test", 25) in figures
+    assert len(figures) <= 1_000
