@@ -189,8 +189,15 @@ class Previewer:
             )
         if content is None:
             raise _no_sender(options)
-        shown = [(number, await self._shown(content, rows[number])) for number in sorted(rows)]
-        _check_size([row for _, row in shown if isinstance(row, ShownMail)])
+        shown: list[tuple[int, ShownMail | RowRejection | Omission]] = []
+        mails: list[ShownMail] = []
+        for number in sorted(rows):
+            row = await self._shown(content, rows[number])
+            shown.append((number, row))
+            if isinstance(row, ShownMail):
+                mails.append(row)
+                # Each time: all of them could have 20 times the largest mail.
+                _check_size(mails)
         return Preview(shown, reader.email_column)
 
     async def _sender(self, options: BatchOptions, user_id: str | None) -> IntakeSender:
@@ -297,7 +304,7 @@ class _Blocks:
 def _check_size(mails: Sequence[ShownMail]) -> None:
     size = sum(len(mail.message.data) for mail in mails)
     if size > MAX_SHOWN_MAIL_BYTES:
-        what = "the mail has" if len(mails) == 1 else f"the {len(mails)} mails have"
+        what = "the mail has" if len(mails) == 1 else f"the first {len(mails)} mails have"
         raise FailedPrecondition(
             f"{what} {size:,} bytes, and an answer at most {MAX_SHOWN_MAIL_BYTES:,}",
             reason="MAIL_TOO_LARGE_TO_SHOW",
