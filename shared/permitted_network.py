@@ -1,21 +1,74 @@
-"""Connections of HTTP clients to hosts that users chose, if `Egress` permits their addresses."""
+"""Connections of HTTP clients to hosts that users chose, if `Egress` permits their addresses.
+
+What such a host sends is bounded, too: a server may answer with any number of informational
+responses, and httpcore reads all that have arrived without a pause of the event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Iterable
+from typing import Any, Final
 
 import httpcore
 
 from outbox_server.shared.egress import Egress
 
+# How much is read at a time. The informational responses in it take httpcore about 5 ms.
+_AT_ONCE: Final = 4 * 1024
+
+
+class _BoundedStream(httpcore.AsyncNetworkStream):
+    """A connection from which at most `most` bytes are read."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream, most: int) -> None:
+        self._stream = stream
+        self._left = most
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        """Return the next bytes.
+
+        Raises:
+            httpcore.RemoteProtocolError: the server has sent too many.
+        """
+        if not self._left:
+            raise httpcore.RemoteProtocolError("the answer is too long")
+        found = await self._stream.read(min(max_bytes, _AT_ONCE, self._left), timeout)
+        self._left -= len(found)
+        return found
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Write all bytes."""
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore.AsyncNetworkStream:
+        """Return the connection with TLS, with the same bound."""
+        stream = await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        return _BoundedStream(stream, self._left)
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return what httpcore asks about the connection."""
+        return self._stream.get_extra_info(info)
+
 
 class PermittedNetwork(httpcore.AsyncNetworkBackend):
     """Connects only to permitted addresses. The name is looked up once, before the check."""
 
-    def __init__(self, egress: Egress, user: str) -> None:
+    def __init__(self, egress: Egress, user: str, most: int) -> None:
+        """Read at most `most` bytes from each connection."""
         self._egress = egress
         self._user = user
+        self._most = most
         self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -36,9 +89,10 @@ class PermittedNetwork(httpcore.AsyncNetworkBackend):
         for address in await self._egress.permitted_addresses(host, user=self._user):
             try:
                 # TLS checks the certificate against the host name in the URL, not the address.
-                return await self._network.connect_tcp(
+                stream = await self._network.connect_tcp(
                     address, port, timeout, local_address, socket_options
                 )
+                return _BoundedStream(stream, self._most)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise OSError(f"no connection to {host}, port {port}: {failure}")

@@ -24,6 +24,8 @@ from outbox_server.shared.tls import TlsContexts
 LIMIT: Final = timedelta(seconds=10)
 _SUCCESS: Final = range(200, 300)
 _MAX_ERROR: Final = 200
+# Of the head of an answer. Its body is not read.
+_MAX_HEAD_BYTES: Final = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class WebhookPoster:
                 sign(message.secret, message.message_id, now, body).encode(),
             ),
         ]
-        network = PermittedNetwork(self._egress, message.user_id)
+        network = PermittedNetwork(self._egress, message.user_id, _MAX_HEAD_BYTES)
         async with (
             httpcore.AsyncConnectionPool(tls, network_backend=network) as pool,
             pool.stream("POST", message.url, headers=headers, content=body) as response,

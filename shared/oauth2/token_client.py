@@ -27,6 +27,8 @@ from outbox_server.shared.tls import TlsContexts
 # Limit of the whole exchange, from the look-up of the name to the last byte.
 LIMIT: Final = timedelta(seconds=10)
 MAX_ANSWER_BYTES: Final = 64 * 1024
+# Of its head, and of the lengths of its chunks.
+_MAX_HEAD_BYTES: Final = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class TokenClient:
             (b"Connection", b"close"),
             (b"User-Agent", b"outbox"),
         ]
-        network = PermittedNetwork(self._egress, wanted.user_id)
+        network = PermittedNetwork(self._egress, wanted.user_id, MAX_ANSWER_BYTES + _MAX_HEAD_BYTES)
         async with (
             httpcore.AsyncConnectionPool(tls, network_backend=network) as pool,
             pool.stream(
