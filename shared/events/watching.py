@@ -37,6 +37,10 @@ from outbox_server.shared.states import JobState
 
 # How many events one look reads for one watcher, and the most in one message.
 PAGE: Final = 500
+# How many events one look reads for all watchers, each of which gets an equal part of a page: the
+# event loop stands still while they are read. No part is smaller than the least.
+_MOST_READ: Final = 2_000
+_LEAST: Final = 20
 # A watcher without events gets its position this often.
 HEARTBEAT: Final = timedelta(seconds=15)
 # Most transactions take a few ms: look again soon for those that were in progress.
@@ -196,20 +200,21 @@ class EventWatch:
         if not watchers:
             return False
         queries = [EventQuery(watcher.which.user_id, after.event_id) for watcher, after in watchers]
-        found = await read_events(connection, queries, horizon.event_id, self._most)
+        most = min(self._most, max(_MOST_READ // len(watchers), _LEAST))
+        found = await read_events(connection, queries, horizon.event_id, most)
         wanted = [
             [event for event in events if watcher.which.passes(event)]
             for (watcher, _), events in zip(watchers, found, strict=True)
         ]
         outcomes = await read_outcomes(connection, [one for events in wanted for one in events])
         for (watcher, _), events, passing in zip(watchers, found, wanted, strict=True):
-            more = len(events) == self._most
+            more = len(events) == most
             # At the time of the horizon, all events up to this one were committed, too.
             after = EventPosition(events[-1].event_id, horizon.at) if more else horizon
             watcher.after = after
             if passing or self._needs_heartbeat(watcher):
                 watcher.give(EventPage(after, tuple(passing), _of(passing, outcomes), more))
-        return any(len(events) == self._most for events in found)
+        return any(len(events) == most for events in found)
 
     def _needs_heartbeat(self, watcher: _EventWatcher) -> bool:
         return watcher.sent_at is None or monotonic() - watcher.sent_at >= self._heartbeat_s

@@ -15,7 +15,7 @@ from outbox_server.shared import bounds
 from outbox_server.shared.database.models import JobEvent, WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.errors import ResourceExhausted
-from outbox_server.shared.events.storage import find_start, read_drawn
+from outbox_server.shared.events.storage import between, event_place, find_start, read_drawn
 from outbox_server.shared.quotas.storage import lock_user
 from outbox_server.shared.states import JobState
 
@@ -254,15 +254,15 @@ _DUE_DELIVERY: Final = (
 async def find_work(
     connection: AsyncConnection, after: int, horizon: int, limit: int
 ) -> Sequence[WaitingWebhook]:
-    """Return the first webhooks after an id, each with whether there is something to post."""
-    events = (
+    """Return the first webhooks after an id, and whether each has something to post."""
+    # Not EXISTS, which has no order, and so may read the events of all users.
+    event = (
         select(JobEvent.id)
-        .where(
-            JobEvent.user_id == WebhookRow.user_id,
-            JobEvent.id > WebhookRow.after_event,
-            JobEvent.id <= horizon,
-        )
+        .where(*between(WebhookRow.user_id, WebhookRow.after_event, literal(horizon, BigInteger)))
+        .order_by(*event_place)
+        .limit(1)
         .correlate(WebhookRow)
+        .scalar_subquery()
     )
     rests = WebhookRow.disabled | (WebhookRow.next_at > func.statement_timestamp())
     rows = await connection.execute(
@@ -270,7 +270,7 @@ async def find_work(
             WebhookRow.id,
             WebhookRow.user_id,
             WebhookRow.next_at,
-            (~rests & or_(events.exists(), _DUE_DELIVERY.exists())).label("has_work"),
+            (~rests & or_(event.is_not(None), _DUE_DELIVERY.exists())).label("has_work"),
         )
         .where(WebhookRow.id > after)
         .order_by(WebhookRow.id)
