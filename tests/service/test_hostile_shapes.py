@@ -57,7 +57,8 @@ class Target:
         put(message, place.fields, text)
         if not place.method.client_streaming:
             return [message.SerializeToString()]
-        if place.fields[0].name == "options":
+        # Only the streams of a batch begin with a message of options.
+        if "options" not in names or place.fields[0].name == "options":
             return [message.SerializeToString()]
         opening = kind()
         opening.options.CopyFrom(message.options)  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
 from tests.fingerprint import Fingerprint
-from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler, stored
 
 QUOTAS = {"user_senders": 3, "user_waiting_jobs": 30, "user_stored_rejections": 2}
 LATER = datetime.now(UTC) + timedelta(hours=2)
@@ -303,4 +303,4 @@ async def test_a_checked_update_is_answered_and_not_made(
         )
         assert refusal.reason == "ETAG_MISMATCH"
     present = await scheduler.senders.GetSender(GetSenderRequest(sender_id=sender.sender_id))
-    assert present == sender
+    assert stored(present) == sender

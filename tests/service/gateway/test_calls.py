@@ -77,7 +77,7 @@ def test_a_csv_in_json_and_an_address_in_a_url_arrive_whole(gateway: GatewayStac
             "subject": "Hi",
             "body": "Hi",
         },
-        "csv": "ZW1haWwKYW5uQGV4YW1wbGUuY29tCg==",
+        "csv": "ZW1haWwKY3N2LWluLWpzb25AZXhhbXBsZS5jb20K",
     }
     batch = gateway.call("POST", "/api/batches", body, key="ann").document["batch"]
     assert batch["accepted_count"] == "1"

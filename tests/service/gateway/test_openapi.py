@@ -102,6 +102,7 @@ GROUPS = (
         "ann",
     ),
     (("DispatcherService",), ("GET", "POST"), "operator"),
+    (("ApiKeyService",), ALL_VERBS, "operator"),
     # The last operation deletes the sender.
     (("SenderService",), ("DELETE",), "ann"),
 )
