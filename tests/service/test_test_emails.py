@@ -106,6 +106,15 @@ async def _waiting(scheduler: Scheduler) -> list[str]:
     return [job.email_job_id for job in found] if len(found) == 1 else []
 
 
+async def test_a_test_mail_keeps_the_id_and_the_labels_of_its_recipient(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    recipient = batch_pb2.Recipient(email="me@b.org", external_id="7", labels={"region": "north"})
+    request = SendTestEmailRequest(options=options_for(sender), recipient=recipient)
+    job = (await scheduler.batches.SendTestEmail(request)).email_job
+    assert (job.external_id, dict(job.labels)) == ("7", {"region": "north"})
+
+
 async def test_only_test_mail_is_marked_as_a_test(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:

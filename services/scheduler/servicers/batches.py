@@ -217,7 +217,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         options = options_of_test(request.options)
         bind_contextvars(request_id=options.request_id)
         row = request.recipient
-        payload = RowsPayload([(row.email, dict(row.columns))], 1)
+        payload = RowsPayload([_raw_row(row)], 1)
         with naming_recipient():
             accepted = await self._intake.accept(options, payload, user_id)
         bind_contextvars(batch_id=accepted.batch_id)
@@ -477,16 +477,16 @@ def _payload(
             return CsvPayload(WholeFile(request.csv))
         case "recipients" if request.recipients.rows:
             rows = request.recipients.rows
-            given = (
-                RawRow(row.email, dict(row.columns), row.external_id, dict(row.labels))
-                for row in rows
-            )
-            return RowsPayload(given, len(rows))
+            return RowsPayload(map(_raw_row, rows), len(rows))
     raise InvalidInput.field(
         "payload",
         "must have recipients: set `csv` or at least one of `recipients.rows`",
         reason="PAYLOAD_REQUIRED",
     )
+
+
+def _raw_row(row: batch_pb2.Recipient) -> RawRow:
+    return RawRow(row.email, dict(row.columns), row.external_id, dict(row.labels))
 
 
 async def _chunks(
