@@ -64,6 +64,8 @@ async def test_a_test_mail_is_sent_marked_and_counted_by_the_limits(
     liquid.schedule_time.FromDatetime(LATER)
     liquid.spacing.CopyFrom(Duration(seconds=60))
     liquid.email_column, liquid.skip_lines = "other", 3
+    liquid.external_id_column = "id"
+    liquid.label_columns.append("region")
     first = await send(scheduler, plain, name="Ann", schedule_time=LATER.isoformat())
     assert first.email_job.test
     assert first.email_job.state == EMAIL_JOB_STATE_SCHEDULED

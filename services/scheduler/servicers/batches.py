@@ -38,11 +38,11 @@ from outbox_server.services.scheduler.servicers.calls import (
     listed_user,
 )
 from outbox_server.services.scheduler.servicers.job_mapping import to_job
-from outbox_server.services.scheduler.servicers.mail_test_mapping import (
+from outbox_server.services.scheduler.servicers.preview_mapping import to_preview
+from outbox_server.services.scheduler.servicers.sample_mail import (
     naming_recipient,
     options_of_test,
 )
-from outbox_server.services.scheduler.servicers.preview_mapping import to_preview
 from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch

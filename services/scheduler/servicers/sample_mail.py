@@ -14,7 +14,7 @@ from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.option_mapping import from_options
 from outbox_server.shared.states import BatchMode
 
-# Options that mean nothing to a mail that is due at once.
+# Options that mean nothing to one mail that is due at once, or name columns of a CSV.
 _IGNORED: Final = (
     "schedule_time",
     "spacing",
@@ -22,6 +22,8 @@ _IGNORED: Final = (
     "duplicates",
     "mode",
     "email_column",
+    "external_id_column",
+    "label_columns",
     "skip_lines",
 )
 
