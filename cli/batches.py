@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from outbox.v1.batch_pb2 import Batch
 from outbox_server.cli.change_options import GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.follow import follow_to_end
+from outbox_server.cli.mail_options import TemplateOptions
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     Filtering,
@@ -22,7 +22,6 @@ from outbox_server.cli.options import (
     User,
     read_duration,
     read_time,
-    text_or_file,
     to_duration,
     to_timestamp,
 )
@@ -169,19 +168,7 @@ def update(
     batch_id: BatchId,
     *,
     user: User = "",
-    subject: Annotated[
-        str | None, typer.Option("--subject", help="New subject, a Liquid template.")
-    ] = None,
-    body: Annotated[
-        str | None, typer.Option("--body", help="New plain text, a Liquid template.")
-    ] = None,
-    body_file: Annotated[
-        Path | None, typer.Option("--body-file", help="File containing the --body.")
-    ] = None,
-    html: Annotated[str | None, typer.Option("--html", help="New HTML, a Liquid template.")] = None,
-    html_file: Annotated[
-        Path | None, typer.Option("--html-file", help="File containing the --html.")
-    ] = None,
+    content: TemplateOptions,
     schedule_time: Annotated[
         datetime | None,
         typer.Option(
@@ -217,9 +204,7 @@ def update(
     $ outbox batches update BATCH_ID --schedule-time 'in 1d' --spacing 5s
     """
     given: dict[str, Any] = {
-        "subject": subject,
-        "body": text_or_file(body, body_file, "--body, --body-file"),
-        "html": text_or_file(html, html_file, "--html, --html-file"),
+        **content.templates(),
         "schedule_time": to_timestamp(schedule_time),
         "spacing": to_duration(spacing),
     }

@@ -23,15 +23,15 @@ from outbox_server.cli.client import Server, connection
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.follow import follow_to_end
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
-from outbox_server.cli.mail_options import read_headers, read_labels
+from outbox_server.cli.mail_options import HeaderOptions, TemplateOptions, read_labels
 from outbox_server.cli.mails import show_preview
+from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     User,
     enum_reader,
     read_duration,
     read_int32,
     read_time,
-    text_or_file,
     to_duration,
     to_timestamp,
 )
@@ -65,6 +65,7 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
+@with_option_groups
 def schedule(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="CSV file with a header row; - is stdin.")
@@ -72,20 +73,7 @@ def schedule(
     *,
     sender: Annotated[str, typer.Option("--sender", metavar="ID", help="Sender of the mails.")],
     user: User = "",
-    subject: Annotated[
-        str | None,
-        typer.Option("--subject", help="Subject, a Liquid template: 'Hello {{ first_name }}'."),
-    ] = None,
-    body: Annotated[
-        str | None, typer.Option("--body", help="Plain text, a Liquid template.")
-    ] = None,
-    body_file: Annotated[
-        Path | None, typer.Option("--body-file", help="File containing the --body.")
-    ] = None,
-    html: Annotated[str | None, typer.Option("--html", help="HTML, a Liquid template.")] = None,
-    html_file: Annotated[
-        Path | None, typer.Option("--html-file", help="File containing the --html.")
-    ] = None,
+    content: TemplateOptions,
     schedule_time: Annotated[
         datetime | None,
         typer.Option(
@@ -164,26 +152,7 @@ def schedule(
             help="Lines before the header, such as a title (default: 0).",
         ),
     ] = 0,
-    reply_to: Annotated[
-        str | None,
-        typer.Option(
-            "--reply-to",
-            metavar="ADDRESS",
-            help="Where replies go: an address, or 'Name <address>'; may be a template.",
-        ),
-    ] = None,
-    header: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--header",
-            metavar="'NAME: VALUE'",
-            help="Header of the mails; the value may be a template. Repeatable.",
-        ),
-    ] = None,
-    name_column: Annotated[
-        str | None,
-        typer.Option("--name-column", metavar="NAME", help="Column of the recipients' names."),
-    ] = None,
+    mail: HeaderOptions,
     external_id: Annotated[
         str | None,
         typer.Option("--external-id", metavar="ID", help="Your own id of the batch."),
@@ -269,9 +238,7 @@ def schedule(
         request_id=request or str(uuid.uuid4()),
         user_id=user,
         sender_id=sender,
-        subject=subject,
-        body=text_or_file(body, body_file, "--body, --body-file"),
-        html=text_or_file(html, html_file, "--html, --html-file"),
+        **content.templates(),
         schedule_time=to_timestamp(schedule_time),
         spacing=to_duration(spacing),
         duplicates=DuplicatePolicy.ValueType(duplicates or 0),
@@ -281,9 +248,7 @@ def schedule(
         time_zone=time_zone or "",
         email_column=email_column or "",
         skip_lines=skip_lines,
-        reply_to=reply_to or "",
-        headers=read_headers(header or ()),
-        name_column=name_column or "",
+        **mail.headers(),
         external_id=external_id or "",
         labels=read_labels(label or ()),
         external_id_column=external_id_column or "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +15,7 @@ from outbox.v1.sender_pb2 import Sender, SenderState
 from outbox_server.cli.capabilities import check_dry_run
 from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.mail_options import HeaderOptions, TemplateOptions
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     Filtering,
@@ -23,7 +23,6 @@ from outbox_server.cli.options import (
     Until,
     User,
     enum_reader,
-    text_or_file,
     to_timestamp,
 )
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
@@ -182,23 +181,13 @@ def update(
 
 
 @app.command(name="test")
+@with_option_groups
 def send_test(
     sender_id: SenderId,
     *,
     recipient: Annotated[str, typer.Option("--recipient", help="Address of the mail.")],
-    subject: Annotated[
-        str, typer.Option("--subject", help="Subject, a Liquid template.")
-    ] = "A test of Outbox",
-    body: Annotated[
-        str | None, typer.Option("--body", help="Plain text, a Liquid template.")
-    ] = None,
-    body_file: Annotated[
-        Path | None, typer.Option("--body-file", help="File containing the --body.")
-    ] = None,
-    html: Annotated[str | None, typer.Option("--html", help="HTML, a Liquid template.")] = None,
-    html_file: Annotated[
-        Path | None, typer.Option("--html-file", help="File containing the --html.")
-    ] = None,
+    content: TemplateOptions,
+    mail: HeaderOptions,
     column: Annotated[
         list[str] | None,
         typer.Option(
@@ -207,7 +196,12 @@ def send_test(
     ] = None,
     request: Annotated[
         str | None,
-        typer.Option("--request", metavar="ID", help="Id that makes retries safe (default: new)."),
+        typer.Option(
+            "--request-id",
+            "--request",
+            metavar="ID",
+            help="Id that makes retries safe (default: new).",
+        ),
     ] = None,
     user: User = "",
     server: Server = None,
@@ -215,20 +209,21 @@ def send_test(
 ) -> None:
     r"""Send one test mail, due at once, within the limits of the sender.
 
+    Without --subject, --body and --html, the mail says that the sender works.
+
     $ outbox senders test $SENDER --recipient me@example.com \
       --body 'Dear {{ name }}' --column name=Ann
     """
-    text = text_or_file(body, body_file, "--body, --body-file")
-    page = text_or_file(html, html_file, "--html, --html-file")
-    if text is None and page is None:
-        text = "This mail shows that the sender works."
+    given = {name: text for name, text in content.templates().items() if text is not None}
+    given.setdefault("subject", "A test of Outbox")
+    if not given.keys() & {"body", "html"}:
+        given["body"] = "This mail shows that the sender works."
     options = BatchOptions(
         request_id=request or str(uuid.uuid4()),
         user_id=user,
         sender_id=sender_id,
-        subject=subject,
-        body=text,
-        html=page,
+        **given,
+        **mail.headers(),
     )
     columns = dict(map(_column, column or ()))
     asked = SendTestEmailRequest(

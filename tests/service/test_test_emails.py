@@ -164,10 +164,19 @@ async def test_the_command_line_sends_a_test(
 ) -> None:
     words = ("senders", "test", sender.sender_id, "--recipient", "me@b.org")
     content = ("--body", "Dear {{ name }}", "--column", "name=Ann=a")
+    content += ("--reply-to", "Team <team@b.org>", "--header", "X-Kind: {{ name }}")
+    content += ("--name-column", "name", "--request-id", "first")
     sent = await outbox(scheduler, *words, *content)
     assert sent.exit_code == 0, sent.stderr
     job = str(scheduler.value("SELECT id FROM email_jobs"))
     assert f"outbox jobs explain {job}" in sent.stderr
-    assert "Dear Ann=a" in (await outbox(scheduler, "jobs", "render", job)).stdout
+    mail = (await outbox(scheduler, "jobs", "render", job)).stdout
+    assert "Dear Ann=a" in mail
+    assert "Subject: A test of Outbox" in mail
+    assert "Reply-To: Team <team@b.org>" in mail
+    assert "X-Kind: Ann=a" in mail
+    assert 'To: "Ann=a" <me@b.org>' in mail or "To: Ann=a <me@b.org>" in mail
+    await outbox(scheduler, *words, *content)
+    assert scheduler.value("SELECT count(*) FROM email_jobs") == 1
     wrong = await outbox(scheduler, *words, "--column", "name")
     assert wrong.exit_code == 2
