@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +15,11 @@ from outbox.v1.batch_pb2 import Rejection
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.shared.intake.csv_reader import CsvTable, read_csv
+from outbox_server.shared.intake.guarded_cells import spreadsheet_text
 
 _READ_BYTES: Final = 64 * 1024
 # Added after the columns of the CSV. Templates ignore them, so the user need not remove them.
 ADDED_COLUMNS: Final = ("rejected_row", "rejected_column", "rejected_reason", "rejected_message")
-
-# Spreadsheets take a cell that begins like this for a formula, which can call programs and servers
-# (OWASP, CSV Injection). The full-width forms of the characters count as well.
-_FORMULA: Final = re.compile(r"[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
-# These begin like a formula, but are numbers and addresses: `+49 30 1234`, `-5`, `+x@b.org`. They
-# stay as they are, because a quote would become a part of the mail when the file is scheduled.
-_HARMLESS: Final = re.compile(r"[+-][0-9 ().,/-]*|[+-][\w.+-]*@[\w.-]+", re.ASCII)
 
 
 def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: TextIO) -> int:
@@ -54,12 +47,6 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
         written += 1
         rejection = next(rejections, None)
     return written
-
-
-def spreadsheet_text(cell: str) -> str:
-    """Return the cell in a form that spreadsheets take for a text."""
-    formula = _FORMULA.match(cell) and not _HARMLESS.fullmatch(cell)
-    return f"'{cell}" if formula else cell
 
 
 @contextmanager

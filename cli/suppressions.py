@@ -105,8 +105,9 @@ def import_(
 ) -> None:
     """Suppress all addresses of a CSV, such as one that `export` wrote.
 
-    A column `reason` has the reason of each row. If the import is interrupted,
-    run it again: what is suppressed already stays as it is.
+    A column `reason` has the reason of each row. A ' in front of =, +, - or @,
+    which makes such a cell a text in spreadsheets, is removed. If the import is
+    interrupted, run it again: what is suppressed already stays as it is.
 
     $ outbox suppressions import unsubscribed.csv --user demo --reason unsubscribed
     """
@@ -148,6 +149,9 @@ def export(
     output: ExportOutput = ExportFormat.CSV,
 ) -> None:
     """Write all suppressions of a user to stdout, as CSV or JSON lines.
+
+    In a CSV, a cell that spreadsheets would take for a formula gets a ' in front.
+    `import` removes it.
 
     $ outbox suppressions export --user demo
     """

@@ -13,6 +13,7 @@ from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.intake.addresses import BadAddress, check_address
 from outbox_server.shared.intake.csv_reader import read_csv
+from outbox_server.shared.intake.guarded_cells import unguarded
 from outbox_server.shared.intake.payloads import StreamedChunks
 from outbox_server.shared.intake.rows import RowRejection
 
@@ -118,7 +119,7 @@ def _csv_rows(chunks: Iterator[bytes], options: ImportOptions) -> Iterator[tuple
     for number, cells in table.rows():
         email = cells[table.email_index] if table.email_index < len(cells) else ""
         reason = cells[reason_at] if reason_at is not None and reason_at < len(cells) else ""
-        yield number, email, reason.strip()
+        yield number, unguarded(email), unguarded(reason)
 
 
 def _blocks(rows: Iterator[tuple[int, str, str]], reason: str) -> Iterator[ImportBlock]:

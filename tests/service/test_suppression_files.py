@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from outbox.v1.suppression_service_pb2 import (
     SuppressionRows,
 )
 
+from tests.commands import outbox
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
@@ -52,7 +54,7 @@ def chunks(text: str, size: int = 7) -> list[ImportSuppressionsRequest]:
 async def exported(
     scheduler: Scheduler, **fields: Any
 ) -> tuple[list[Suppression], list[ExportSuppressionsResponse]]:
-    request = ExportSuppressionsRequest(user_id="ann", **fields)
+    request = ExportSuppressionsRequest(**{"user_id": "ann", **fields})
     messages = [each async for each in scheduler.suppressions.ExportSuppressions(request)]
     return [one for each in messages for one in each.suppressions], messages
 
@@ -126,6 +128,30 @@ async def test_an_import_of_rows_is_exported_in_order_and_resumed(scheduler: Sch
     other = ExportSuppressionsRequest(user_id="bob", resume_token=messages[0].resume_token)
     refusal = await refusal_of(scheduler.suppressions.ExportSuppressions(other).read())
     assert refusal.reason == "RESUME_TOKEN_INVALID"
+
+
+async def test_an_export_to_a_csv_is_imported_exactly(scheduler: Scheduler, tmp_path: Path) -> None:
+    rows = {
+        "=x@example.com": "-bounced",
+        "'=x@example.com": "'-bounced",
+        "-x@example.com": "=cmd()",
+        "+x@example.com": "@team, asked by \u00abphone\u00bb",
+        "'x@example.com": " moved ",
+        "x@example.com": "\U0001f469\u200d\U0001f4bb\u00a0left",
+        "y@example.com": "+49 30 1234",
+    }
+    suppressions = [Suppression(email=email, reason=reason) for email, reason in rows.items()]
+    await imported(
+        scheduler, [ImportSuppressionsRequest(rows=SuppressionRows(suppressions=suppressions))]
+    )
+    written = await outbox(scheduler, "suppressions", "export", "--user", "ann", stdin=b"")
+    assert "\n'=x@example.com,'-bounced," in written.stdout
+    file = tmp_path / "exported.csv"
+    file.write_text(written.stdout)
+    done = await outbox(scheduler, "suppressions", "import", str(file), "--user", "bob")
+    assert done.exit_code == 0, done.stderr
+    copied, _ = await exported(scheduler, user_id="bob")
+    assert {one.email: one.reason for one in copied} == rows
 
 
 async def test_an_import_keeps_what_it_stored_when_its_caller_leaves(scheduler: Scheduler) -> None:
