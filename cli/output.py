@@ -28,6 +28,11 @@ from outbox_server.shared.smtp.reply_text import describe_reply
 _PIPE_WIDTH: Final = 10_000
 # A cooldown is shown in one cell, as a sentence.
 _COOLDOWN: Final = "outbox.v1.Cooldown"
+# Messages that are shown as a pair: the separator, and the text of a first field that is unset.
+_PAIRS: Final = {
+    "outbox.v1.MailHeader": (": ", ""),
+    "outbox.v1.ReplyClassCount": ("=", "no reply"),
+}
 _NOT_PLAIN: Final = re.compile(r"[^\x20-\x7e\n]")
 # Numbers from here on are shown without decimals.
 _NO_DECIMALS_FROM: Final = 100
@@ -160,8 +165,15 @@ def _is_plain_message(field: Any) -> bool:
     )
 
 
+def _is_map(field: Any) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
 def _value(message: Message, field: Any) -> str:
     value = getattr(message, field.name)
+    if _is_map(field):
+        inner = field.message_type.fields_by_name["value"]
+        return ", ".join(f"{_plain(key)}={_scalar(value[key], inner)}" for key in sorted(value))
     if field.is_repeated:
         return ", ".join(_scalar(item, field) for item in value)
     if field.has_presence and not message.HasField(field.name):
@@ -176,11 +188,19 @@ def _scalar(value: Any, field: Any) -> str:
         return _duration(value.ToTimedelta())
     if isinstance(value, Message) and value.DESCRIPTOR.full_name == _COOLDOWN:
         return _cooldown(value)
+    if isinstance(value, Message) and value.DESCRIPTOR.full_name in _PAIRS:
+        return _pair(value)
     if isinstance(value, Message):
         return ", ".join(f"{name}={text}" for name, text in _fields(value, ()))
     if field.enum_type is not None:
         return _enum_name(value, field)
     return _plain(value)
+
+
+def _pair(value: Message) -> str:
+    separator, unset = _PAIRS[value.DESCRIPTOR.full_name]
+    first, second = value.DESCRIPTOR.fields
+    return f"{_value(value, first) or unset}{separator}{_value(value, second)}"
 
 
 def _time(stamp: Timestamp) -> str:

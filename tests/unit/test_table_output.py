@@ -8,8 +8,11 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+from outbox.v1.batch_pb2 import Batch, MailHeader
 from outbox.v1.dispatcher_pb2 import DispatcherStatus
+from outbox.v1.email_job_pb2 import REPLY_CLASS_SENT
 from outbox.v1.sender_pb2 import Cooldown, Sender
+from outbox.v1.stats_pb2 import EndpointStats, ReplyClassCount
 from outbox_client import InvalidArgument
 from outbox_client.errors import FieldViolation
 from typer.testing import CliRunner
@@ -46,6 +49,20 @@ def test_a_rate_has_three_digits(rate: float, text: str) -> None:
     status = DispatcherStatus()
     status.rates.sent_per_second = rate
     assert value_at(status, "rates.sent_per_second") == text
+
+
+def test_a_map_and_a_list_of_pairs_are_shown_with_their_values() -> None:
+    batch = Batch(
+        labels={"region": "north", "campaign": "spring"},
+        headers=[MailHeader(name="X-A", value="1"), MailHeader(name="X-B", value="2")],
+    )
+    assert value_at(batch, "labels") == "campaign=spring, region=north"
+    assert value_at(batch, "headers") == "X-A: 1, X-B: 2"
+    replies = [
+        ReplyClassCount(count=2),
+        ReplyClassCount(reply_class=REPLY_CLASS_SENT, count=10),
+    ]
+    assert value_at(EndpointStats(replies=replies), "replies") == "no reply=2, SENT=10"
 
 
 def test_a_cooldown_is_one_cell_without_terminal_escapes(
