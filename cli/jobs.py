@@ -54,11 +54,15 @@ _EXPORT_COLUMNS = (
     "email_job.finish_time",
     "email_job.attempt_count",
     "email_job.message_id",
+    "email_job.external_id",
+    "email_job.labels",
+    "email_job.test",
     "last_attempt.outcome",
     "last_attempt.reply_class",
     "last_attempt.smtp_code",
     "last_attempt.enhanced_code",
     "last_attempt.endpoint",
+    "last_attempt.dispatcher_id",
     "last_attempt.message",
 )
 _ATTEMPT_COLUMNS = (

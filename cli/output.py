@@ -186,21 +186,22 @@ def _scalar(value: Any, field: Any) -> str:
         return _time(value)
     if isinstance(value, Duration):
         return _duration(value.ToTimedelta())
-    if isinstance(value, Message) and value.DESCRIPTOR.full_name == _COOLDOWN:
-        return _cooldown(value)
-    if isinstance(value, Message) and value.DESCRIPTOR.full_name in _PAIRS:
-        return _pair(value)
     if isinstance(value, Message):
-        return ", ".join(f"{name}={text}" for name, text in _fields(value, ()))
+        return _message(value)
     if field.enum_type is not None:
         return _enum_name(value, field)
     return _plain(value)
 
 
-def _pair(value: Message) -> str:
-    separator, unset = _PAIRS[value.DESCRIPTOR.full_name]
-    first, second = value.DESCRIPTOR.fields
-    return f"{_value(value, first) or unset}{separator}{_value(value, second)}"
+def _message(value: Message) -> str:
+    kind = value.DESCRIPTOR.full_name
+    if kind == _COOLDOWN:
+        return _cooldown(value)
+    if kind in _PAIRS:
+        separator, unset = _PAIRS[kind]
+        first, second = value.DESCRIPTOR.fields
+        return f"{_value(value, first) or unset}{separator}{_value(value, second)}"
+    return ", ".join(f"{name}={text}" for name, text in _fields(value, ()))
 
 
 def _time(stamp: Timestamp) -> str:

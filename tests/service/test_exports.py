@@ -44,7 +44,8 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 async def fill(scheduler: Scheduler, count: int, every: int, message: str) -> str:
     rows = "".join(f"r{n}@b.org\n" for n in range(1, count + 1))
     sender = await scheduler.sender()
-    accepted = await scheduler.schedule(sender, f"email\n{rows}")
+    tags = {"external_id_column": "email", "labels": {"region": "north", "campaign": "spring"}}
+    accepted = await scheduler.schedule(sender, f"email\n{rows}", **tags)
     await scheduler.schedule(await scheduler.sender("bob"))
     scheduler.execute(_FAIL, every, message)
     return accepted.batch.batch_id
@@ -123,6 +124,9 @@ async def test_the_command_line_writes_and_reads_exports(
         ("r3@b.org", "SCHEDULED", ""),
     ]
     assert [row["message"] for row in rows] == ["", "'=HYPERLINK(1)", ""]
+    tags = [(row["external_id"], row["labels"], row["test"]) for row in rows]
+    assert tags == [(f"r{n}@b.org", "campaign=spring, region=north", "no") for n in (1, 2, 3)]
+    assert [row["dispatcher_id"] for row in rows] == ["", "", ""]
     words = ("--batch", batch, "--filter", "state = FAILED", "-o", "json")
     done = await outbox(scheduler, "jobs", "export", *words, stdin=b"")
     (line,) = done.stdout.splitlines()
