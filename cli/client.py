@@ -190,7 +190,7 @@ def connection_to(address: Address) -> Iterator[Client]:
         api_key=credentials.api_key or None,
         tls=credentials.tls,
         timeout=_timeout(_TIMEOUT_S),
-        upload_timeout=_timeout(_UPLOAD_TIMEOUT_S),
+        upload_timeout=upload_timeout(),
         retry=_RETRY,
     ) as client:
         try:
@@ -202,6 +202,11 @@ def connection_to(address: Address) -> Iterator[Client]:
 def long_timeout() -> float:
     """Return the limit, in seconds, of a call that changes very many rows."""
     return _timeout(LONG_TIMEOUT_S)
+
+
+def upload_timeout() -> float:
+    """Return the limit, in seconds, of a call that sends a file."""
+    return _timeout(_UPLOAD_TIMEOUT_S)
 
 
 def _timeout(default: float) -> float:

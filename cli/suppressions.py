@@ -17,7 +17,7 @@ from outbox_server.cli.change_options import (
     GuardedChangeOptions,
     ReasonedChangeOptions,
 )
-from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.client import Server, connection, pages, upload_timeout
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
@@ -26,7 +26,6 @@ from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
 
 _CHUNK: Final = 64 * 1024
-_IMPORT_TIMEOUT_S: Final = 3600.0
 _COLUMNS = ("email", "reason", "create_time")
 
 app = typer.Typer(
@@ -125,7 +124,7 @@ def import_(
         raise CommandFailed(f"{file} cannot be read: {error.strerror}") from None
     with opened as source, connection("scheduler", server) as client:
         answer = client.suppressions.ImportSuppressions(
-            _messages(first, source), timeout=_IMPORT_TIMEOUT_S
+            _messages(first, source), timeout=upload_timeout()
         )
     show(answer, output)
 

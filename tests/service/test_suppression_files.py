@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 import pytest_asyncio
 from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_SUPPRESSED
@@ -152,6 +153,14 @@ async def test_an_export_to_a_csv_is_imported_exactly(scheduler: Scheduler, tmp_
     assert done.exit_code == 0, done.stderr
     copied, _ = await exported(scheduler, user_id="bob")
     assert {one.email: one.reason for one in copied} == rows
+
+
+async def test_the_command_line_limits_an_import(scheduler: Scheduler, database_url: str) -> None:
+    words = ("suppressions", "import", "-", "--user", "ann", "--timeout", "500ms")
+    with psycopg.connect(database_url) as other:
+        other.execute("LOCK TABLE suppressions")
+        done = await outbox(scheduler, *words, stdin=b"email\na@b.org\n")
+    assert (done.exit_code, "no answer in time" in done.stderr) == (1, True), done.stderr
 
 
 async def test_an_import_keeps_what_it_stored_when_its_caller_leaves(scheduler: Scheduler) -> None:
