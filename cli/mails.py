@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import BinaryIO, Final
 
 from outbox.v1 import batch_service_pb2 as pb
@@ -31,26 +32,29 @@ def show_mail(mail: RenderedMail, output: OutputFormat) -> None:
 
 
 def show_preview(
-    client: Client, options: BatchOptions, source: BinaryIO, row: int, output: OutputFormat
+    client: Client,
+    options: BatchOptions,
+    source: BinaryIO,
+    rows: Sequence[int],
+    output: OutputFormat,
 ) -> bool:
-    """Show the mail of a row; 0 means the first one. Return whether there is one."""
+    """Show the mails of rows; none means the first one. Return whether each row becomes a mail."""
     content = source.read(_MOST_BYTES)
     if source.read(1):
         # The last line may be cut off.
         content = content[: content.rfind(b"\n") + 1]
         note(f"only the first {len(content):,} bytes of the file are read")
-    request = pb.PreviewBatchRequest(options=options, csv=content, row_numbers=[row] if row else [])
+    request = pb.PreviewBatchRequest(options=options, csv=content, row_numbers=rows)
     answer = client.batches.PreviewBatch(request)
     if output is OutputFormat.JSON:
         show(answer, output)
-        return all(found.HasField("mail") for found in answer.rows)
-    for found in answer.rows:
+    for found in answer.rows if output is OutputFormat.TABLE else ():
         if found.HasField("mail"):
             note(f"row {found.row_number}, to {found.mail.recipient}:")
             show_mail(found.mail, output)
-            return True
+            continue
         why = in_flags(found.rejection.message)
         if found.omission:
             why = _OMISSIONS[found.omission]
         note(f"row {found.row_number} becomes no mail: {why}")
-    return False
+    return all(found.HasField("mail") for found in answer.rows)

@@ -49,6 +49,8 @@ from outbox_server.cli.terminal import note
 
 _READ_BYTES = 64 * 1024
 _MAX_REJECTIONS_SHOWN = 10
+# The most that PreviewBatch takes.
+_MAX_PREVIEWED_ROWS = 20
 _SUMMARY = (
     "batch_id",
     "state",
@@ -201,12 +203,13 @@ def schedule(
         typer.Option("--dry-run", help="Check everything and forecast the end; schedule nothing."),
     ] = False,
     preview: Annotated[
-        int | None,
+        list[int] | None,
         typer.Option(
             "--preview",
             parser=read_int32,
             metavar="ROW",
-            help="Only show the mail of this row, from 1; 0 is the first one that would be sent.",
+            help="Only show the mail of this row, from 1; 0 is the first one that would be sent. "
+            "Repeatable, up to 20 rows.",
         ),
     ] = None,
     wait: Annotated[
@@ -254,9 +257,9 @@ def schedule(
         external_id_column=external_id_column or "",
         label_columns=label_column or (),
     )
-    _check_wait(wait=wait, creates=not dry and preview is None)
-    if preview is not None:
-        _preview(options, file, preview, server, output)
+    _check_wait(wait=wait, creates=not dry and not preview)
+    if preview:
+        _preview(options, file, _rows_to_show(preview), server, output)
         return
     with _opened(file, again=rejections is not None) as source:
         if request is None and not dry:
@@ -287,11 +290,29 @@ def _check_wait(*, wait: bool, creates: bool) -> None:
         )
 
 
+def _rows_to_show(rows: Sequence[int]) -> Sequence[int]:
+    """Return the numbers of the rows; none means the first one that would be sent."""
+    wrong = next((row for row in rows if row < 0), None)
+    if wrong is not None:
+        raise typer.BadParameter(f"--preview: must be 0, or a row's number from 1 (got {wrong})")
+    if 0 in rows and len(rows) > 1:
+        raise typer.BadParameter("--preview 0 shows one mail: give it alone")
+    if len(rows) > _MAX_PREVIEWED_ROWS:
+        raise typer.BadParameter(
+            f"--preview: at most {_MAX_PREVIEWED_ROWS} rows may be given (got {len(rows)})"
+        )
+    return [row for row in rows if row]
+
+
 def _preview(
-    options: BatchOptions, file: Path, row: int, server: str | None, output: OutputFormat
+    options: BatchOptions,
+    file: Path,
+    rows: Sequence[int],
+    server: str | None,
+    output: OutputFormat,
 ) -> None:
     with _opened(file, again=False) as source, connection("scheduler", server) as client:
-        if not show_preview(client, options, source, row, output):
+        if not show_preview(client, options, source, rows, output):
             raise typer.Exit(EXIT_FAILED)
 
 

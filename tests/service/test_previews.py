@@ -265,6 +265,23 @@ async def test_the_command_line_writes_the_bytes_of_a_mail(
     left_out = await outbox(scheduler, *words, "--preview", "2")
     assert left_out.exit_code == 1
     assert "row 2 becomes no mail: an earlier row has the same address" in left_out.stderr
+    several = await outbox(scheduler, *words, "--preview", "1", "--preview", "2", "--preview", "3")
+    assert several.exit_code == 1
+    assert [line[:5] for line in several.stderr.splitlines()] == ["row 1", "row 2", "row 3"]
+    assert several.stdout.count("Dear Ann") == 1
+    file.write_text("email,name\nann@b.org,Ann\nbob@b.org,Bob\n")
+    both = await outbox(scheduler, *words, "--preview", "2", "--preview", "1")
+    assert both.exit_code == 0, both.stderr
+    assert both.stdout.index("Dear Ann") < both.stdout.index("Dear Bob")
+    for rows, problem in (
+        (("-1",), "--preview: must be 0, or a row's number from 1 (got -1)"),
+        (("0", "1"), "--preview 0 shows one mail"),
+        (("1",) * 21, "at most 20 rows may be given (got 21)"),
+    ):
+        wrong = await outbox(scheduler, *words, *(f"--preview={row}" for row in rows))
+        assert wrong.exit_code == 2
+        assert problem in " ".join(wrong.stderr.replace("│", " ").split())
+    file.write_text("email,name\nann@b.org,Ann\nANN@b.org,Ann\n")
     assert scheduler.value("SELECT count(*) FROM batches") == 0
     assert (await outbox(scheduler, *words)).exit_code == 0
     job = str(scheduler.value("SELECT id FROM email_jobs"))
