@@ -179,7 +179,12 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
                 http_status=result.http_status or 0,
                 error=result.error,
             )
-            return Made(answer, _target(webhook), webhook.user_id, changed=False)
+            return Made(
+                answer,
+                _target(webhook),
+                webhook.user_id,
+                after={"delivered": answer.delivered, "http_status": answer.http_status},
+            )
 
         return await self._changes.make_in_parts(
             request, user_id, webhook_service_pb2.TestWebhookResponse, test
