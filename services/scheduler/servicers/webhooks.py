@@ -128,7 +128,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             )
             check_etag(asked.etag, str(before.revision), "this webhook")
             await _check_sender(connection, asked.sender_id, before)
-            values = self._values(request)
+            values = _differing(before, self._values(request))
             if not values:
                 return _made(before, changed=False)
             after = await storage.update_webhook(connection, webhook_id, user_id, values)
@@ -271,6 +271,19 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         if found is None:
             raise not_found(field, text)
         return found
+
+
+def _differing(present: WebhookRecord, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that the webhook does not have yet.
+
+    A webhook that is not disabled, but rests after failures, is enabled again.
+    """
+    same = {
+        "url": present.url,
+        "states": sorted(int(state) for state in present.states),
+        "disabled": None if present.failing_since else present.disabled,
+    }
+    return {name: value for name, value in values.items() if value != same[name]}
 
 
 async def _check_sender(connection: AsyncConnection, asked: str, present: WebhookRecord) -> None:
