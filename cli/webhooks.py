@@ -178,7 +178,7 @@ def try_(
         )
     show(answer, output)
     if not answer.delivered:
-        raise typer.Exit(1)
+        raise CommandFailed(f"the test message was not delivered: {answer.error}")
 
 
 @app.command()
