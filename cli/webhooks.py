@@ -117,6 +117,14 @@ def update(
         bool | None,
         typer.Option("--disable/--enable", help="Stop posting, or continue where it stopped."),
     ] = None,
+    unset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unset",
+            metavar="FIELD",
+            help="Reset this field: with states, changes to all states are posted. Repeatable.",
+        ),
+    ] = None,
     change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -124,6 +132,8 @@ def update(
     """Change a webhook, stop it, or let it continue where it stopped.
 
     $ outbox webhooks update 3751 --user demo --enable
+
+    $ outbox webhooks update 3751 --user demo --unset states
     """
     given = {"url": url, "states": state, "disabled": disabled}
     webhook = Webhook(
@@ -133,9 +143,12 @@ def update(
         disabled=bool(disabled),
         etag=change.etag,
     )
-    mask = FieldMask(paths=[name for name, value in given.items() if value is not None])
+    changed = [name for name, value in given.items() if value is not None]
+    mask = FieldMask(paths=[*changed, *(name.replace("-", "_") for name in unset or ())])
     if not mask.paths:
-        raise CommandFailed("nothing to change; use --url, --state, --disable or --enable")
+        raise CommandFailed(
+            "nothing to change; use --url, --state, --disable, --enable or --unset FIELD"
+        )
     request = pb.UpdateWebhookRequest(user_id=user, webhook=webhook, update_mask=mask)
     with connection("scheduler", server) as client:
         made = client.webhooks.UpdateWebhook(change.of(request))

@@ -1,0 +1,88 @@
+"""Webhooks are changed and tested: what is recorded, and what the command line says."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+from google.protobuf.field_mask_pb2 import FieldMask
+from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_FAILED, EMAIL_JOB_STATE_SENT
+from outbox.v1.webhook_pb2 import Webhook
+from outbox.v1.webhook_service_pb2 import GetWebhookRequest, UpdateWebhookRequest
+from outbox.v1.webhook_service_pb2 import TestWebhookRequest as TryRequest
+
+from outbox_server.shared.secrets import generate_key
+from tests.commands import outbox
+from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.service.test_webhooks import create, receiving
+
+URL = "https://example.com/hook"
+
+
+@pytest_asyncio.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(
+        database_url, redis_url, encryption_keys=generate_key(), webhook_allow="127.0.0.1"
+    ) as running:
+        yield running
+
+
+def actions(scheduler: Scheduler) -> list[str]:
+    return [row[0] for row in scheduler.rows("SELECT action FROM audit_events ORDER BY id")]
+
+
+async def test_a_test_message_is_in_the_audit_log(scheduler: Scheduler) -> None:
+    async with receiving("503 Busy") as receiver:
+        webhook = await create(scheduler, receiver.url)
+        request = TryRequest(webhook_id=webhook.webhook_id, identity="ann", reason="try it")
+        await scheduler.webhooks.TestWebhook(request)
+    events = scheduler.rows("SELECT action, target, identity, reason, after FROM audit_events")
+    assert events[-1] == (
+        "TestWebhook",
+        f"webhooks/{webhook.webhook_id}",
+        "ann",
+        "try it",
+        {"delivered": False, "http_status": 503},
+    )
+
+
+async def test_present_values_change_nothing(scheduler: Scheduler) -> None:
+    states = [EMAIL_JOB_STATE_FAILED, EMAIL_JOB_STATE_SENT]
+    webhook = await create(scheduler, URL, states=states)
+
+    async def update(**fields: object) -> Webhook:
+        asked = Webhook(webhook_id=webhook.webhook_id, **fields)  # type: ignore[arg-type]
+        mask = FieldMask(paths=list(fields))
+        request = UpdateWebhookRequest(webhook=asked, update_mask=mask)
+        return await scheduler.webhooks.UpdateWebhook(request)
+
+    same = await update(url=URL, states=states, disabled=False)
+    assert same.etag == webhook.etag
+    assert actions(scheduler) == ["CreateWebhook"]
+    stopped = await update(url=URL, disabled=True)
+    assert stopped.etag != webhook.etag
+    assert (await update(disabled=True)).etag == stopped.etag
+    assert actions(scheduler) == ["CreateWebhook", "UpdateWebhook"]
+    # One that failed is enabled again.
+    enabled = await update(disabled=False)
+    scheduler.execute("UPDATE webhooks SET failures = 3, failing_since = now(), error = 'x'")
+    again = await update(disabled=False)
+    assert (again.last_error, again.etag != enabled.etag) == ("", True)
+
+
+async def test_the_command_line_tests_and_widens_a_webhook(scheduler: Scheduler) -> None:
+    async with receiving("204 No Content", "503 Busy") as receiver:
+        webhook = await create(scheduler, receiver.url, states=[EMAIL_JOB_STATE_SENT])
+        test = ("webhooks", "test", webhook.webhook_id)
+        done = await outbox(scheduler, *test)
+        assert (done.exit_code, done.stderr) == (0, "")
+        done = await outbox(scheduler, *test)
+    assert done.exit_code == 1
+    assert done.stderr == ("outbox: the test message was not delivered: 127.0.0.1 answered 503\n")
+    update = ("webhooks", "update", webhook.webhook_id)
+    done = await outbox(scheduler, *update, "--unset", "states")
+    assert done.exit_code == 0, done.stderr
+    request = GetWebhookRequest(webhook_id=webhook.webhook_id)
+    assert list((await scheduler.webhooks.GetWebhook(request)).states) == []
+    wrong = await outbox(scheduler, *update, "--unset", "secret")
+    assert (wrong.exit_code, "UPDATE_MASK_INVALID" in wrong.stderr) == (1, True)
