@@ -19,13 +19,15 @@ from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import Claim, LimitUse
-from outbox_server.shared.states import JobState
+from outbox_server.shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.marked_jobs import mark_refs, record_of
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
+# A locked row would hold the others up for ever; this is far below that.
+SOON = 30.0
 
 
 @pytest_asyncio.fixture
@@ -132,3 +134,56 @@ async def test_claims_of_two_lives_are_compared_each_with_its_own(
         marked = await asyncio.gather(*marks)
     assert list(map(len, marked)) == [0, 1]
     assert (await world.job(other.job.job_id)).state == JobState.SCHEDULED
+
+
+@asynccontextmanager
+async def locked(world: World, job: JobRef) -> AsyncIterator[None]:
+    url = world.settings.database_url
+    async with await psycopg.AsyncConnection.connect(url) as connection:
+        await connection.execute("SELECT FROM email_jobs WHERE id = %s FOR UPDATE", [job.job_id])
+        yield
+        await connection.rollback()
+
+
+async def someone_waits(world: World) -> bool:
+    """Return whether a statement waits for a lock of a row."""
+    return bool(await world.sql("SELECT pid FROM pg_locks WHERE NOT granted"))
+
+
+async def test_a_locked_outcome_does_not_delay_the_marks_of_others(
+    world: World, statements: AsyncEngine
+) -> None:
+    ended, [claim, later] = await one_sending(world, statements, waiting=2)
+    slots = Slots(2, unproven=1)
+    await slots.take_free()
+    async with settling(world, statements, slots, lambda _: None) as settler:
+        async with locked(world, ended.record.job):
+            settler.settle(ended)
+            together = settler.mark(world.queues[0], [claim])
+            await eventually(lambda: someone_waits(world))
+            alone = settler.mark(world.queues[0], [later])
+            await eventually(lambda: together.done() and alone.done(), SOON)
+            assert (len(together.result()), len(alone.result())) == (1, 1)
+            assert (await world.job(ended.record.job.job_id)).state == JobState.SENDING
+        await eventually(lambda: slots.in_flight == 1)
+    assert (await world.job(ended.record.job.job_id)).state == JobState.SENT
+
+
+async def test_a_pause_that_is_answered_while_a_row_is_locked_is_respected(
+    world: World, statements: AsyncEngine
+) -> None:
+    ended, [claim] = await one_sending(world, statements)
+    slots = Slots(1, unproven=1)
+    await slots.take_free()
+    async with settling(world, statements, slots, lambda _: None) as settler:
+        async with locked(world, ended.record.job):
+            settler.settle(ended)
+            mark = settler.mark(world.queues[0], [claim])
+            await eventually(lambda: someone_waits(world))
+            # The mark is done, or it must see the pause.
+            before = mark.done()
+            await world.change(claim.sender_id, state=SenderState.PAUSED)
+        await eventually(mark.done)
+        assert before or mark.result() == []
+        state = (await world.job(claim.job.job_id)).state
+        assert state == (JobState.SENDING if before else JobState.SCHEDULED)

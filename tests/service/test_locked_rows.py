@@ -32,6 +32,7 @@ from tests.dispatchers import options, process, running, settings_of
 from tests.eventually import eventually
 from tests.marked_jobs import mark_refs
 from tests.scheduler_stack import Scheduler
+from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, address_of, jobs_in
 
 # A locked row would hold the others up until the end of the test; this is far below that.
@@ -144,6 +145,50 @@ async def test_a_locked_row_delays_no_outcome_of_others_and_is_recorded_later(
         await engine.dispose()
     assert await world.in_state(JobState.SCHEDULED) == set(jobs)
     assert not inbox.mails
+
+
+async def test_a_locked_row_of_a_mail_that_was_sent_delays_no_other_and_none_is_sent_twice(
+    database_url: str, redis_url: str
+) -> None:
+    waits = [Wait(), Wait(), Wait()]
+    async with ScriptedServer({"body": [(each, Succeed()) for each in waits]}) as server:
+        # Shorter than the row is locked.
+        settings = settings_of(options(database_url, redis_url, server.url, lease="3s"))
+        async with World(settings) as world, running(settings):
+            jobs: list[int] = []
+            for n in range(len(waits)):
+                jobs += await world.schedule(await world.sender())
+                await eventually(lambda n=n: server.waiting["body"] == n + 1)  # type: ignore[misc]
+            async with locked(world, jobs[:1]):
+                waits[0].event.set()
+                await eventually(partial(someone_waits, world))
+                # Some end, and some begin, while the outcome of the first cannot be recorded.
+                waits[1].event.set()
+                waits[2].event.set()
+                others = jobs[1:]
+                for _ in range(3):
+                    others += await world.schedule(await world.sender())
+                await eventually(partial(all_sent, world, others), SOON)
+                await eventually(partial(lease_ended, world, jobs[0]))
+            await eventually(world.done)
+            assert [len(await world.attempts(job)) for job in others] == [1] * len(others)
+            sent = jobs_in(server.taken)
+            assert {job: sent[job] for job in others} == dict.fromkeys(others, 1)
+
+
+async def someone_waits(world: World) -> bool:
+    """Return whether a statement waits for a lock of a row."""
+    return bool(await world.sql("SELECT pid FROM pg_locks WHERE NOT granted"))
+
+
+async def all_sent(world: World, jobs: Sequence[int]) -> bool:
+    return set(jobs) <= await world.in_state(JobState.SENT)
+
+
+async def lease_ended(world: World, job: int) -> bool:
+    return bool(
+        await world.sql("SELECT id FROM email_jobs WHERE id = %s AND lease_until < now()", job)
+    )
 
 
 async def deleted_batch(world: World, n: int) -> tuple[int, list[list[int]]]:
