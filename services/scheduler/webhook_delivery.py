@@ -41,8 +41,6 @@ from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.loops import Loop
 from outbox_server.shared.secrets import SecretBox
 
-# A request takes at most 10 s, and its statements less than the rest.
-LEASE: Final = timedelta(minutes=1)
 _PAUSE: Final = timedelta(milliseconds=500)
 # As long as there are no webhooks. A new one wakes the process that created it.
 _IDLE: Final = timedelta(seconds=5)
@@ -115,7 +113,7 @@ class WebhookDelivery:
                 return _IDLE
             self._after = found[-1].webhook_id if len(found) == _LOOKED_AT else 0
             picked = self._pick([one for one in found if one.has_work], free)
-            claimed = await storage.claim(connection, picked, LEASE) if picked else ()
+            claimed = await storage.claim(connection, picked, storage.LEASE) if picked else ()
         for webhook in claimed:
             task = asyncio.create_task(self._work(webhook, horizon))
             self._working[task] = webhook

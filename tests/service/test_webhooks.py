@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psycopg
 import pytest
 import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -25,6 +26,7 @@ from outbox.v1.webhook_service_pb2 import (
 )
 from outbox.v1.webhook_service_pb2 import TestWebhookRequest as TryRequest
 
+from outbox_server.services.scheduler import webhook_delivery
 from outbox_server.services.scheduler.webhooks import check_url, sign
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.errors import InvalidInput
@@ -211,6 +213,104 @@ async def test_a_server_that_hangs_delays_no_other_user(scheduler: Scheduler) ->
         # Of one user, only two requests are under way.
         assert len(slow.posts) == 2
         slow.hang.set()
+
+
+async def test_slow_webhooks_do_not_keep_the_places_of_later_ones(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_delivery, "_AT_ONCE", 4)
+    async with receiving() as slow, receiving() as quick:
+        for user in ("eve", "eve", "mallory", "mallory"):
+            await create(scheduler, slow.url, user)
+        await create(scheduler, quick.url, "ann")
+        slow.hang = asyncio.Event()
+        for user in ("eve", "mallory"):
+            await scheduler.schedule(await scheduler.sender(user))
+        await eventually(lambda: len(slow.posts) == 4)
+        await scheduler.schedule(await scheduler.sender("ann"))
+        for done in (4, 8, 12):
+            # All places are taken, and the four have more events before their requests end.
+            await eventually(lambda done=done: quick.posts or len(slow.posts) == done)  # type: ignore[misc]
+            await change(scheduler, "UPDATE email_jobs SET scheduled_at = now() + interval '1 d'")
+            ended, slow.hang = slow.hang, asyncio.Event()
+            ended.set()
+        slow.hang.set()
+        assert quick.posts
+
+
+async def test_a_webhook_gets_what_is_committed_after_it_was_created(scheduler: Scheduler) -> None:
+    async with receiving() as receiver:
+        await scheduler.schedule(await scheduler.sender())
+        url = scheduler.settings.database_url
+        async with await psycopg.AsyncConnection.connect(url) as other:
+            # It draws the id of its event before.
+            await other.execute("UPDATE email_jobs SET scheduled_at = '2031-01-01Z'")
+            await create(scheduler, receiver.url)
+        await eventually(
+            lambda: any(
+                event.get("schedule_time", "").startswith("2031") for event in receiver.job_events()
+            )
+        )
+
+
+async def test_a_webhook_that_is_disabled_during_a_request_stays_disabled(
+    scheduler: Scheduler,
+) -> None:
+    async with receiving("500 No") as receiver:
+        receiver.hang = asyncio.Event()
+        webhook = await create(scheduler, receiver.url)
+        await scheduler.schedule(await scheduler.sender())
+        await eventually(lambda: len(receiver.posts) == 1)
+        disabled = Webhook(webhook_id=webhook.webhook_id, disabled=True)
+        await scheduler.webhooks.UpdateWebhook(
+            UpdateWebhookRequest(webhook=disabled, update_mask=FieldMask(paths=["disabled"]))
+        )
+        receiver.hang.set()
+        get = GetWebhookRequest(webhook_id=webhook.webhook_id)
+
+        async def failed() -> bool:
+            return bool((await scheduler.webhooks.GetWebhook(get)).last_error)
+
+        await eventually(failed)
+        assert (await scheduler.webhooks.GetWebhook(get)).disabled
+
+
+@pytest.mark.parametrize("call", ["RedeliverWebhook", "UpdateWebhook"])
+async def test_one_request_of_a_webhook_is_under_way_at_a_time(
+    scheduler: Scheduler, call: str
+) -> None:
+    async with receiving("500 No") as receiver, receiving() as other:
+        webhook = await create(scheduler, receiver.url)
+        await create(scheduler, other.url, "bert")
+        sender = await scheduler.sender()
+        await scheduler.schedule(sender)
+        await eventually(lambda: scheduler.value("SELECT count(*) FROM webhook_deliveries") == 1)
+        receiver.hang = asyncio.Event()
+        await change(scheduler, "UPDATE webhook_deliveries SET next_at = NULL")
+        await scheduler.schedule(sender)
+        await change(scheduler, "UPDATE webhooks SET next_at = now() WHERE failures > 0")
+        await eventually(lambda: len(receiver.posts) == 2)
+        if call == "RedeliverWebhook":
+            await scheduler.webhooks.RedeliverWebhook(
+                RedeliverWebhookRequest(webhook_id=webhook.webhook_id)
+            )
+        else:
+            await change(scheduler, "UPDATE webhook_deliveries SET next_at = now()")
+            await scheduler.webhooks.UpdateWebhook(
+                UpdateWebhookRequest(
+                    webhook=Webhook(webhook_id=webhook.webhook_id),
+                    update_mask=FieldMask(paths=["disabled"]),
+                )
+            )
+        # Once this is posted, the worker has looked at all webhooks.
+        await scheduler.schedule(await scheduler.sender("bert"))
+        await eventually(lambda: len(other.posts) == 1)
+        assert len(receiver.posts) == 2
+        receiver.hang.set()
+        # The end of the request looks again.
+        await eventually(lambda: len(receiver.posts) == 3)
+        failed, _, again = (post.headers["webhook-id"] for post in receiver.posts)
+        assert again == failed
 
 
 async def test_a_webhook_ends_with_410_and_after_days_of_failures(scheduler: Scheduler) -> None:

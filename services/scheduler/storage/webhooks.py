@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, any_, delete, func, insert, literal, or_, select, update
+from sqlalchemy import BigInteger, any_, case, delete, func, insert, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -62,6 +62,8 @@ class DeliveryRecord:
     error: str
 
 
+# A request takes at most 10 s, and its statements less than the rest.
+LEASE: Final = timedelta(minutes=1)
 _COLUMNS: Final = (
     WebhookRow.id,
     WebhookRow.user_id,
@@ -157,7 +159,7 @@ async def update_webhook(
     """Change a webhook that the transaction has locked."""
     changed = dict(values)
     if changed.get("disabled") is False:
-        changed |= {"failures": 0, "failing_since": None, "error": None, "next_at": func.now()}
+        changed |= {"failures": 0, "failing_since": None, "error": None, "next_at": _soon()}
     statement = (
         update(WebhookRow)
         .where(WebhookRow.id == webhook_id)
@@ -204,9 +206,21 @@ async def redeliver(connection: AsyncConnection, webhook_id: int, delivery_id: i
     )
     if moved.rowcount:
         await connection.execute(
-            update(WebhookRow).where(WebhookRow.id == webhook_id).values(next_at=func.now())
+            update(WebhookRow).where(WebhookRow.id == webhook_id).values(next_at=_soon())
         )
     return moved.rowcount
+
+
+def _soon() -> Any:
+    """Return the `next_at` that ends a long rest of a webhook that the transaction has locked.
+
+    A time within the next minute stays: it may be the end of a lease, whose request must stay the
+    only one.
+    """
+    now = func.statement_timestamp()
+    return case(
+        (WebhookRow.next_at > now + literal(LEASE, INTERVAL), now), else_=WebhookRow.next_at
+    )
 
 
 async def remove_old_deliveries(
