@@ -10,8 +10,9 @@ from outbox_server.services.scheduler.storage import erasing as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.changes import forget_address
 from outbox_server.services.scheduler.storage.suppressions import SuppressionRecord
+from outbox_server.services.scheduler.suppressing import end_rest
 from outbox_server.shared.database.audit_events import erase_changes
-from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.intake.addresses import folded_key
 
 
@@ -30,11 +31,10 @@ async def erase_recipient(
     engine: AsyncEngine, loader: HeadLoader, user_id: str, address: str
 ) -> ErasedRecipient:
     """Erase what a user's rows say about the person with this address."""
-    suppression, ended = await in_transaction(
+    suppression, first = await in_transaction(
         engine, lambda connection: storage.suppress_erased(connection, user_id, address)
     )
-    if ended.sender_ids:
-        await load_soon(loader, ended.sender_ids)
+    suppressed = first.ended.jobs + await end_rest(engine, loader, first)
     erased = 0
     while part := await in_transaction(
         engine, lambda connection: storage.erase_jobs(connection, user_id, address)
@@ -47,7 +47,7 @@ async def erase_recipient(
     await forget_changes(engine, user_id, address)
     async with engine.connect() as connection:
         in_flight = await storage.count_left(connection, user_id, address)
-    return ErasedRecipient(suppression, ended.jobs, erased, rejections, in_flight)
+    return ErasedRecipient(suppression, suppressed, erased, rejections, in_flight)
 
 
 async def forget_changes(engine: AsyncEngine, user_id: str, address: str) -> None:

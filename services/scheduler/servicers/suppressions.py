@@ -24,6 +24,7 @@ from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import Context, errors_name, named_user
 from outbox_server.services.scheduler.storage import suppressions as storage
 from outbox_server.services.scheduler.storage.suppression_imports import suppress_all
+from outbox_server.services.scheduler.suppressing import end_rest
 from outbox_server.services.scheduler.suppression_imports import (
     ImportBlock,
     ImportOptions,
@@ -34,7 +35,7 @@ from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.errors import InvalidInput, NotFound
 from outbox_server.shared.fair_shares import FairShares
-from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.intake.addresses import BadAddress, check_address
 from outbox_server.shared.intake.batch_options import check_csv_options
 from outbox_server.shared.intake.option_mapping import to_rejections
@@ -80,20 +81,25 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         reason = bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason)
 
         async def create(connection: AsyncConnection) -> Made[suppression_pb2.Suppression]:
-            created, moved = await storage.insert_suppression(connection, user_id, address, reason)
+            created, part = await storage.insert_suppression(connection, user_id, address, reason)
+
+            def made(jobs: int) -> Made[suppression_pb2.Suppression]:
+                return Made(
+                    _to_suppression(created),
+                    _target(created),
+                    user_id,
+                    after={"reason": created.reason, "suppressed_count": jobs},
+                    address=address,
+                    afterwards=afterwards,
+                )
+
+            async def record(connection: AsyncConnection, jobs: int) -> None:
+                await self._changes.record_part(connection, request, made(jobs))
 
             async def afterwards() -> None:
-                if moved.sender_ids:
-                    await load_soon(self._loader, moved.sender_ids)
+                await end_rest(self._engine, self._loader, part, record)
 
-            return Made(
-                _to_suppression(created),
-                _target(created),
-                user_id,
-                after={"reason": created.reason, "suppressed_count": moved.jobs},
-                address=address,
-                afterwards=afterwards,
-            )
+            return made(part.ended.jobs)
 
         return await self._changes.make(request, user_id, suppression_pb2.Suppression, create)
 
@@ -179,24 +185,32 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         async def store(
             connection: AsyncConnection,
         ) -> Made[suppression_service_pb2.ImportSuppressionsResponse]:
-            created, ended = await suppress_all(connection, user_id, block.reasons)
+            created, part = await suppress_all(connection, user_id, block.reasons)
+
+            def made(
+                created: int, jobs: int
+            ) -> Made[suppression_service_pb2.ImportSuppressionsResponse]:
+                return Made(
+                    suppression_service_pb2.ImportSuppressionsResponse(
+                        created_count=created,
+                        existing_count=block.rows - created,
+                        suppressed_job_count=jobs,
+                    ),
+                    "suppressions",
+                    user_id,
+                    after={"created_count": created, "suppressed_count": jobs},
+                    changed=created > 0 or jobs > 0,
+                    afterwards=afterwards,
+                )
+
+            async def record(connection: AsyncConnection, jobs: int) -> None:
+                await self._changes.record_part(connection, request, made(0, jobs))
 
             async def afterwards() -> None:
-                if ended.sender_ids:
-                    await load_soon(self._loader, ended.sender_ids)
+                rest = await end_rest(self._engine, self._loader, part, record)
+                answer.suppressed_job_count += rest
 
-            return Made(
-                suppression_service_pb2.ImportSuppressionsResponse(
-                    created_count=created,
-                    existing_count=block.rows - created,
-                    suppressed_job_count=ended.jobs,
-                ),
-                "suppressions",
-                user_id,
-                after={"created_count": created, "suppressed_count": ended.jobs},
-                changed=created > 0 or ended.jobs > 0,
-                afterwards=afterwards,
-            )
+            return made(created, part.ended.jobs)
 
         kind = suppression_service_pb2.ImportSuppressionsResponse
         done = await self._changes.make(request, user_id, kind, store)

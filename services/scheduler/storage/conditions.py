@@ -84,7 +84,8 @@ def _spellings(address: str) -> list[ColumnElement[str]]:
     return [func.lower(spelling) for spelling in sorted({address, address_key(address)})]
 
 
-def _is_addressed_to(address: str) -> ColumnElement[bool]:
+def is_addressed_to(address: str) -> ColumnElement[bool]:
+    """Return the condition that a job goes to `address`, in a form that no index has."""
     return func.lower(EmailJob.recipient).in_(_spellings(address))
 
 
@@ -92,7 +93,7 @@ def is_to(address: str) -> ColumnElement[bool]:
     """Return the condition that a job goes to `address`, without regard to case, by an index."""
     hashed = func.hashtext(func.lower(EmailJob.recipient))
     by_index = hashed.in_([func.hashtext(spelling) for spelling in _spellings(address)])
-    return by_index & _is_addressed_to(address)
+    return by_index & is_addressed_to(address)
 
 
 def _has_state(state: JobState) -> ColumnElement[bool]:
@@ -118,7 +119,7 @@ def _recipient(test: FieldTest) -> ColumnElement[bool]:
     equal = test.operator == "="
     if not isinstance(test.value, str):
         return false() if equal else true()
-    found = _is_addressed_to(test.value)
+    found = is_addressed_to(test.value)
     return found if equal else not_(found)
 
 

@@ -29,8 +29,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
-from outbox_server.services.scheduler.storage.conditions import is_to
+from outbox_server.services.scheduler.storage.conditions import is_addressed_to, is_to
+from outbox_server.services.scheduler.storage.suppressing import (
+    ByAddress,
+    EndedPart,
+    end_part,
+    waiting_to,
+)
 from outbox_server.services.scheduler.storage.suppressions import (
     SUPPRESSION_COLUMNS,
     SuppressionRecord,
@@ -73,8 +78,8 @@ class ReadRejection:
 
 async def suppress_erased(
     connection: AsyncConnection, user_id: str, address: str
-) -> tuple[SuppressionRecord, EndedJobs]:
-    """Suppress an address by its hash alone, and end the waiting jobs to it."""
+) -> tuple[SuppressionRecord, EndedPart]:
+    """Suppress an address by its hash alone, and end the first waiting jobs to it."""
     await lock_suppressions(connection, user_id)
     await connection.execute(insert(ErasureKey).on_conflict_do_nothing())
     exact, folded = keys_of(address)
@@ -105,13 +110,8 @@ async def suppress_erased(
             )
         )
     ).one()
-    ended = [
-        await end_waiting(connection, which & _owned(user_id), JobState.SUPPRESSED)
-        for which in _to_person(address)
-    ]
-    senders = {sender_id for some in ended for sender_id in some.sender_ids}
-    total = EndedJobs(sum(some.jobs for some in ended), tuple(senders), 0)
-    return SuppressionRecord(*row), total
+    waiting = await waiting_to(connection, user_id, _to_person(address))
+    return SuppressionRecord(*row), await end_part(connection, waiting)
 
 
 async def erase_jobs(
@@ -124,7 +124,7 @@ async def erase_jobs(
     return sum(
         [
             (
-                await connection.execute(_erase_statement(which, user_id, address, limit))
+                await connection.execute(_erase_statement(which.by_index, user_id, address, limit))
             ).scalar_one()
             for which in _to_person(address)
         ]
@@ -138,7 +138,7 @@ async def count_left(connection: AsyncConnection, user_id: str, address: str) ->
     """
     found = 0
     for which in _to_person(address):
-        jobs = select(EmailJob.id).where(which, _owned(user_id))
+        jobs = select(EmailJob.id).where(which.by_index, _owned(user_id))
         found += await connection.scalar(select(func.count()).select_from(jobs.subquery())) or 0
     return found
 
@@ -196,17 +196,18 @@ async def erase_rejections(connection: AsyncConnection, found: list[ReadRejectio
     )
 
 
-def _to_person(address: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _to_person(address: str) -> tuple[ByAddress, ByAddress]:
     """Return the conditions that a job goes to the person, one for each index that finds it.
 
     The second one finds other spellings of letters beyond ASCII. It excludes what the first finds.
     """
-    by_address = is_to(address)
     exact, folded = keys_of(address)
     # A job of an older release has the folded key alone.
     same = func.coalesce(EmailJob.address_key, exact) == exact
-    by_key = and_(EmailJob.recipient_key == folded, same, ~by_address)
-    return by_address, by_key
+    by_address, by_row = is_to(address), is_addressed_to(address)
+    by_key = and_(EmailJob.recipient_key == folded, same, ~by_row)
+    has_key = and_(func.coalesce(EmailJob.recipient_key, "") == folded, same, ~by_row)
+    return ByAddress(by_address, by_row), ByAddress(by_key, has_key)
 
 
 def _owned(user_id: str) -> ColumnElement[bool]:

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Select, Text, any_, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
+from outbox_server.services.scheduler.storage.suppressing import (
+    EndedPart,
+    WaitingJobs,
+    end_part,
+)
 from outbox_server.services.scheduler.storage.suppressions import (
     has_erased,
     lock_suppressions,
     store_suppressions,
     suppressed_among,
 )
-from outbox_server.shared.database.models import Batch, EmailJob
-from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.intake.addresses import keys_of
-from outbox_server.shared.states import JobState, SuppressionForm
+from outbox_server.shared.states import SuppressionForm
+
+# An address to which more jobs go is not looked for by its index, which has jobs of all users.
+_MOST_OF_ADDRESS: Final = 200
 
 
 async def suppress_all(
     connection: AsyncConnection, user_id: str, reasons: Mapping[str, str]
-) -> tuple[int, EndedJobs]:
-    """Suppress addresses, and end the waiting jobs to them. `reasons` are by address.
+) -> tuple[int, EndedPart]:
+    """Suppress addresses, and end the first waiting jobs to them. `reasons` are by address.
 
-    Each is suppressed as by `insert_suppression`. Return how many were not suppressed before.
+    Each is suppressed as by `insert_suppression`, and `end_part` ends the rest. Return how many
+    were not suppressed before.
     """
     await lock_suppressions(connection, user_id)
     keys = {address: keys_of(address) for address in reasons}
@@ -42,10 +49,26 @@ async def suppress_all(
     if folded:
         form = SuppressionForm.FOR_OLDER_RELEASES
         await store_suppressions(connection, user_id, _rows(folded), form)
-    owned = owned_by(select(Batch.id).where(Batch.id == EmailJob.batch_id), Batch.user_id, user_id)
     spellings = sorted({text for each in reasons for text in (each, keys[each][0])})
-    to_them = _is_to_any(spellings) & owned.correlate(EmailJob).exists()
-    return len(new), await end_waiting(connection, to_them, JobState.SUPPRESSED)
+    return len(new), await end_part(connection, await _waiting_to(connection, user_id, spellings))
+
+
+async def _waiting_to(
+    connection: AsyncConnection, user_id: str, spellings: Sequence[str]
+) -> WaitingJobs:
+    given = _texts(spellings).column_valued("spelling")
+    lowered = func.lower(given)
+    jobs = select(EmailJob.id).where(
+        func.hashtext(func.lower(EmailJob.recipient)) == func.hashtext(lowered)
+    )
+    more = jobs.offset(_MOST_OF_ADDRESS).limit(1).scalar_subquery()
+    many = set(await connection.scalars(select(given).where(more.is_not(None))))
+    few = [each for each in spellings if each not in many]
+    return WaitingJobs(
+        user_id,
+        (_is_to_any(few, by_index=True),) if few else (),
+        _is_to_any(sorted(many)) if many else None,
+    )
 
 
 def _texts(texts: Sequence[str]) -> Any:
@@ -66,11 +89,11 @@ def _rows(reasons: Mapping[str, str]) -> Select[Any]:
     return select(given.c.address, given.c.reason)
 
 
-def _is_to_any(spellings: Sequence[str]) -> ColumnElement[bool]:
+def _is_to_any(spellings: Sequence[str], *, by_index: bool = False) -> ColumnElement[bool]:
     """Return the condition that a job goes to one of the addresses, as `is_to` does for one."""
     lowered = func.lower(EmailJob.recipient)
     text = _texts(spellings).column_valued("spelling")
     hashes = select(func.hashtext(func.lower(text))).scalar_subquery()
     wanted = select(func.lower(text)).scalar_subquery()
-    by_index = func.hashtext(lowered) == any_(func.array(hashes))
-    return by_index & (lowered == any_(func.array(wanted)))
+    is_to = lowered == any_(func.array(wanted))
+    return (func.hashtext(lowered) == any_(func.array(hashes))) & is_to if by_index else is_to

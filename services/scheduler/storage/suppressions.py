@@ -29,13 +29,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
-from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
-from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition, is_to
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
+from outbox_server.services.scheduler.storage.suppressing import (
+    EndedPart,
+    end_part,
+    to_address,
+    waiting_to,
+)
 from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
-from outbox_server.shared.database.models import Batch, EmailJob, Suppression
+from outbox_server.shared.database.models import Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.intake.addresses import address_key, folded_key, keys_of
-from outbox_server.shared.states import JobState, SuppressionForm
+from outbox_server.shared.states import SuppressionForm
 
 # The first half of the keys of the advisory locks on a user's suppressions. Any number would do.
 _LOCK_SPACE: Final = 0x5355
@@ -69,9 +74,9 @@ async def lock_suppressions(
 ) -> None:
     """Lock the user's suppressions against new ones, until the end of the transaction.
 
-    A new suppression takes an exclusive lock, and then ends the waiting jobs that it can see. An
-    intake takes a shared lock right before its commit, and then searches for suppressions that it
-    has missed. So one of the two sees the other.
+    A new suppression takes an exclusive lock, and then ends the waiting jobs that it can see, most
+    of them in later transactions, without the lock. An intake takes a shared lock right before its
+    commit, and then searches for suppressions that it has missed. So one of the two sees the other.
     """
     lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
     await connection.execute(select(lock(*suppression_lock(literal(owner_of(user_id))))))
@@ -181,8 +186,8 @@ async def has_erased(connection: AsyncConnection, user_id: str) -> bool:
 
 async def insert_suppression(
     connection: AsyncConnection, user_id: str, address: str, reason: str
-) -> tuple[SuppressionRecord, EndedJobs]:
-    """Suppress an address, and end the waiting jobs to it.
+) -> tuple[SuppressionRecord, EndedPart]:
+    """Suppress an address, and end the first waiting jobs to it. `end_part` ends the rest.
 
     If the address is suppressed already, that suppression is kept, also if it has only the hash of
     the address because the person was erased.
@@ -214,11 +219,8 @@ async def insert_suppression(
             )
         )
     ).one()
-    owned = owned_by(select(Batch.id).where(Batch.id == EmailJob.batch_id), Batch.user_id, user_id)
-    moved = await end_waiting(
-        connection, is_to(address) & owned.correlate(EmailJob).exists(), JobState.SUPPRESSED
-    )
-    return SuppressionRecord(*row), moved
+    waiting = await waiting_to(connection, user_id, [to_address(address)])
+    return SuppressionRecord(*row), await end_part(connection, waiting)
 
 
 async def read_suppression(

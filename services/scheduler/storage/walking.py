@@ -102,6 +102,20 @@ async def walk_jobs(
     return await _JobWalk(connection, which, limit, rows).run(after)
 
 
+async def walk_batches(
+    connection: AsyncConnection,
+    which: JobFilter,
+    matches: ColumnElement[bool],
+    after: JobPosition,
+    limit: int,
+) -> FoundJobs:
+    """Return jobs as `walk_jobs` does, always by the batches, and reads about `limit` rows.
+
+    `matches` must be true, too.
+    """
+    return await _JobWalk(connection, which, limit, limit, matches).run(after)
+
+
 async def skip_older(
     connection: AsyncConnection, which: JobFilter, after: JobPosition
 ) -> JobPosition:
@@ -151,7 +165,12 @@ class _JobWalk:
     """One walk through batches and their jobs."""
 
     def __init__(
-        self, connection: AsyncConnection, which: JobFilter, limit: int, rows: int
+        self,
+        connection: AsyncConnection,
+        which: JobFilter,
+        limit: int,
+        rows: int,
+        matches: ColumnElement[bool] | None = None,
     ) -> None:
         self._connection = connection
         self._which = which
@@ -161,8 +180,9 @@ class _JobWalk:
         self._group_rows = max(_FIRST_ROWS, 2 * limit)
         of_jobs = [term for term in required(which.tree) if not is_batch_level(term)]
         # Every row that is read is a match.
-        self._matches_all = not of_jobs
-        self._condition = and_(true(), *(condition(term, JOB_LEAVES) for term in of_jobs))
+        self._matches_all = not of_jobs and matches is None
+        conditions = [condition(term, JOB_LEAVES) for term in of_jobs]
+        self._condition = and_(true() if matches is None else matches, *conditions)
         self._in_trouble = which.states <= _TROUBLE
         self._batches_wanted = _BATCHES_AT_FIRST
 
