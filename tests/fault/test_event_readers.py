@@ -18,7 +18,6 @@ from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.smtp_servers import Say, ScriptedServer
 from tests.world import World
 
-
 # A reader dies once for so many events, however few messages they arrive in.
 _EVENTS_OF_A_LIFE = 10
 
