@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import pytest
 import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_FAILED, EMAIL_JOB_STATE_SENT
 from outbox.v1.webhook_pb2 import Webhook
-from outbox.v1.webhook_service_pb2 import GetWebhookRequest, UpdateWebhookRequest
+from outbox.v1.webhook_service_pb2 import (
+    GetWebhookRequest,
+    ListWebhookDeliveriesRequest,
+    ListWebhooksRequest,
+    UpdateWebhookRequest,
+)
 from outbox.v1.webhook_service_pb2 import TestWebhookRequest as TryRequest
 
 from outbox_server.shared.secrets import generate_key
 from tests.commands import outbox
+from tests.misbehaving import EitherClient
 from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.service.test_webhooks import create, receiving
 
@@ -86,3 +93,24 @@ async def test_the_command_line_tests_and_widens_a_webhook(scheduler: Scheduler)
     assert list((await scheduler.webhooks.GetWebhook(request)).states) == []
     wrong = await outbox(scheduler, *update, "--unset", "secret")
     assert (wrong.exit_code, "UPDATE_MASK_INVALID" in wrong.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "threads"])
+async def test_the_clients_list_webhooks_and_deliveries_across_pages(
+    scheduler: Scheduler, kind: str
+) -> None:
+    made = [(await create(scheduler, URL, disabled=True)).webhook_id for _ in range(3)]
+    scheduler.execute(
+        "INSERT INTO webhook_deliveries (id, webhook_id, after_event, last_event, event_count,"
+        " error) SELECT n, %s, n, n + 1, 1, 'x' FROM generate_series(1, 3) n",
+        int(made[0]),
+    )
+    client = EitherClient(kind)
+    webhooks = await client.do(
+        scheduler.address,
+        lambda c: c.list_webhooks(ListWebhooksRequest(user_id="ann", page_size=2)),
+    )
+    assert [one.webhook_id for one in webhooks] == made
+    request = ListWebhookDeliveriesRequest(webhook_id=made[0], page_size=2)
+    deliveries = await client.do(scheduler.address, lambda c: c.list_webhook_deliveries(request))
+    assert [one.webhook_delivery_id for one in deliveries] == ["1", "2", "3"]

@@ -47,6 +47,8 @@ from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceStub
 from outbox.v1.user_pb2 import User
 from outbox.v1.user_service_pb2 import ListUsersRequest
 from outbox.v1.user_service_pb2_grpc import UserServiceStub
+from outbox.v1.webhook_pb2 import Webhook, WebhookDelivery
+from outbox.v1.webhook_service_pb2 import ListWebhookDeliveriesRequest, ListWebhooksRequest
 from outbox.v1.webhook_service_pb2_grpc import WebhookServiceStub
 
 from outbox_client import aio as io
@@ -367,6 +369,16 @@ class AsyncClient:
     def list_suppressions(self, request: ListSuppressionsRequest) -> AsyncIterator[Suppression]:
         """Yield the suppressions from all pages of ListSuppressions."""
         return self._items(self.suppressions.ListSuppressions, request, "suppressions")
+
+    def list_webhooks(self, request: ListWebhooksRequest) -> AsyncIterator[Webhook]:
+        """Yield the webhooks from all pages of ListWebhooks."""
+        return self._items(self.webhooks.ListWebhooks, request, "webhooks")
+
+    def list_webhook_deliveries(
+        self, request: ListWebhookDeliveriesRequest
+    ) -> AsyncIterator[WebhookDelivery]:
+        """Yield the failed deliveries from all pages of ListWebhookDeliveries."""
+        return self._items(self.webhooks.ListWebhookDeliveries, request, "webhook_deliveries")
 
     def export_email_jobs(
         self, request: ExportEmailJobsRequest, *, timeout: float | None = None
