@@ -1,23 +1,24 @@
-"""Puts errors into the words of the command line: flags instead of the fields of requests."""
+"""Puts errors into the words of the command line: flags and arguments instead of fields."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final
 
 # Paths of fields. Only below these messages, because a host or a file may look like a path.
 _PATH: Final = re.compile(
-    r"\b(?:planned_batch\.)?(?:options|batch|sender|suppression|user)(?:\.[a-z][a-z0-9_]*(?:\[\d+\])?)+"
+    r"\b(?:planned_batch\.)?(?:options|batch|sender|suppression|user|webhook)(?:\.[a-z][a-z0-9_]*(?:\[\d+\])?)+"
 )
 _ROW: Final = re.compile(r"\brows\[(\d+)\](?:\.(\w+))?")
 # Ids that an error names without a path.
 _ID: Final = re.compile(r"\b(?:request|sender|user|batch)_id\b(?= ')")
 
 
-# The flags of the running command.
-_running: Final[ContextVar[frozenset[str]]] = ContextVar("running", default=frozenset())
+# What the running command calls its options and arguments, by the flags that they have or, as
+# arguments, would have.
+_running: Final[ContextVar[Mapping[str, str]]] = ContextVar("running", default={})  # noqa: B039
 
 
 def remember_flags(command: Any, words: Sequence[str]) -> None:
@@ -27,11 +28,12 @@ def remember_flags(command: Any, words: Sequence[str]) -> None:
         if inner is None:
             break
         command = inner
-    _running.set(
-        frozenset(
-            flag for parameter in command.params for flag in parameter.opts if flag.startswith("--")
-        )
-    )
+    names = {flag: flag for each in command.params for flag in each.opts if flag.startswith("--")}
+    for each in command.params:
+        if each.param_type_name == "argument":
+            flag = f"--{each.name.replace('_', '-')}"
+            names.setdefault(flag, (each.metavar or each.name.upper()).strip("[]."))
+    _running.set(names)
 
 
 def in_flags(text: str, fields: Iterable[str] = ()) -> str:
@@ -53,13 +55,14 @@ def _row(found: re.Match[str]) -> str:
     return f"row {found[1]}, column {found[2]}" if found[2] else f"row {found[1]}"
 
 
-def _flag_of(path: str, flags: frozenset[str]) -> str:
+def _flag_of(path: str, flags: Mapping[str, str]) -> str:
     """Return the flag of a field, or an empty text: `sender.smtp.host` may be `--smtp-host`."""
     # A list has the flag of one entry: `options.headers[0].value` is `--header`.
     parts = path.partition("[")[0].split(".")
     for start in range(len(parts)):
         name = "-".join(parts[start:]).replace("_", "-")
         for flag in (f"--{name}", f"--{name.removesuffix('-id')}", f"--{name.removesuffix('s')}"):
-            if flag in flags:
-                return flag
+            # An id without a path, such as `sender_id '7'`, may be of another thing.
+            if flag in flags and (flags[flag] == flag or "." in path):
+                return flags[flag]
     return ""

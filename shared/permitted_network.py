@@ -13,7 +13,11 @@ from typing import Any, Final
 
 import httpcore
 
-from outbox_server.shared.egress import Egress
+from outbox_server.shared.egress import Egress, reason_of
+
+
+class NoConnection(OSError):
+    """No address of a host answers. The text names the host, the port and the cause."""
 
 # How much is read at a time. The informational responses in it take httpcore about 5 ms.
 _AT_ONCE: Final = 4 * 1024
@@ -83,7 +87,8 @@ class PermittedNetwork(httpcore.AsyncNetworkBackend):
 
         Raises:
             EgressRefused: none of the host's addresses is permitted.
-            OSError: there is no such host, or no address answers.
+            NoConnection: no address answers.
+            OSError: there is no such host.
         """
         failure: Exception | None = None
         for address in await self._egress.permitted_addresses(host, user=self._user):
@@ -95,8 +100,15 @@ class PermittedNetwork(httpcore.AsyncNetworkBackend):
                 return _BoundedStream(stream, self._most)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
-        raise OSError(f"no connection to {host}, port {port}: {failure}")
+        raise NoConnection(f"no connection to {host}, port {port}: {reason_of(_cause(failure))}")
 
     async def sleep(self, seconds: float) -> None:
         """Wait. httpcore calls this between retries, which are switched off."""
         await asyncio.sleep(seconds)
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """Return the error of the operating system that libraries wrapped, or the innermost error."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -16,7 +16,7 @@ import httpcore
 from outbox_server.services.scheduler.webhooks import check_url, sign
 from outbox_server.shared.egress import Egress, EgressRefused
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.permitted_network import PermittedNetwork
+from outbox_server.shared.permitted_network import NoConnection, PermittedNetwork
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.tls import TlsContexts
 
@@ -101,7 +101,9 @@ class WebhookPoster:
             return PostResult(None, f"{host} does not speak HTTP")
         except (OSError, httpcore.NetworkError, ssl.SSLError) as error:
             said = str(error) or type(error).__name__
-            return PostResult(None, f"no connection to {host}: {said}"[:_MAX_ERROR])
+            # A NoConnection names the host itself.
+            where = "" if isinstance(error, NoConnection) else f"no connection to {host}: "
+            return PostResult(None, f"{where}{said}"[:_MAX_ERROR])
         if status in _SUCCESS:
             return PostResult(status)
         return PostResult(status, f"{host} answered {status}")

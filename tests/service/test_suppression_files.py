@@ -199,6 +199,7 @@ async def test_a_suppression_is_found_by_any_spelling_of_its_address(scheduler: 
     for user_id, email in (("bob", "jürgen@example.com"), ("ann", "no"), ("ann", "x@b.org")):
         refusal = await refusal_of(get(email, user_id))
         assert (refusal.code, refusal.reason) == ("NOT_FOUND", "SUPPRESSION_NOT_FOUND")
+        assert refusal.message == f"{email!r} is not suppressed"
     assert (await refusal_of(get("x@b.org", ""))).reason == "USER_ID_REQUIRED"
     await scheduler.suppressions.EraseRecipient(
         EraseRecipientRequest(user_id="ann", email="jürgen@example.com")

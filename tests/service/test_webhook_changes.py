@@ -77,7 +77,7 @@ async def test_present_values_change_nothing(scheduler: Scheduler) -> None:
     assert (again.last_error, again.etag != enabled.etag) == ("", True)
 
 
-async def test_the_command_line_tests_and_widens_a_webhook(scheduler: Scheduler) -> None:
+async def test_the_command_line_tests_checks_and_widens_a_webhook(scheduler: Scheduler) -> None:
     async with receiving("204 No Content", "503 Busy") as receiver:
         webhook = await create(scheduler, receiver.url, states=[EMAIL_JOB_STATE_SENT])
         test = ("webhooks", "test", webhook.webhook_id)
@@ -86,7 +86,16 @@ async def test_the_command_line_tests_and_widens_a_webhook(scheduler: Scheduler)
         done = await outbox(scheduler, *test)
     assert done.exit_code == 1
     assert done.stderr == ("outbox: the test message was not delivered: 127.0.0.1 answered 503\n")
+    done = await outbox(scheduler, *test)
+    assert done.stderr == (
+        "outbox: the test message was not delivered: "
+        f"no connection to 127.0.0.1, port {receiver.port}: Connection refused\n"
+    )
+    done = await outbox(scheduler, "webhooks", "create", "ftp://example.com", "--user", "ann")
+    assert done.stderr.startswith("outbox: URL: must be an absolute https URL"), done.stderr
     update = ("webhooks", "update", webhook.webhook_id)
+    done = await outbox(scheduler, *update, "--url", "ftp://example.com")
+    assert done.stderr.startswith("outbox: --url: must be"), done.stderr
     done = await outbox(scheduler, *update, "--unset", "states")
     assert done.exit_code == 0, done.stderr
     request = GetWebhookRequest(webhook_id=webhook.webhook_id)

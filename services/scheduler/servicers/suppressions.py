@@ -44,6 +44,7 @@ from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 
+_MAX_SHOWN: Final = 80
 _EXPORT: Final = "exported suppressions"
 _EXPORTED_AT_ONCE: Final = 1_000
 
@@ -358,7 +359,7 @@ def _target(record: storage.SuppressionRecord) -> str:
 
 def _not_found(email: str) -> NotFound:
     return NotFound(
-        "this address is not suppressed",
+        f"{email[:_MAX_SHOWN]!r} is not suppressed",
         reason="SUPPRESSION_NOT_FOUND",
         metadata={"email": email},
     )
