@@ -22,7 +22,7 @@ from outbox_server.services.scheduler.servicers.filtered_jobs import (
     listed_jobs,
     new_time,
 )
-from outbox_server.services.scheduler.servicers.job_events import JobEvents
+from outbox_server.services.scheduler.servicers.job_audit import JobEvents
 from outbox_server.services.scheduler.servicers.job_mapping import (
     to_attempt,
     to_explanation,
