@@ -24,8 +24,17 @@ from outbox_server.shared.settings import Settings
 
 # A call waits this long for a lock, such as that of another call that changes the same sender.
 LOCK_TIMEOUT = timedelta(seconds=10)
+# PostgreSQL ends a transaction that sends nothing for so long: its host or network is gone.
+# Otherwise its locks would last for hours, and no event of any user is shown while a transaction
+# that has written events is open (`shared.events.storage`).
+_IDLE_TIMEOUT_MS = 60_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+
+_LOST = (
+    psycopg.errors.ReadOnlySqlTransaction,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+)
 
 # What work outside of calls may get from PostgreSQL and its driver. All of it is tried again: an
 # outage, but also a pooler that forgot a prepared statement, or a missing privilege or column. None
@@ -47,7 +56,7 @@ def create_engine(
     `lookups_only`: every statement finds its rows by keys. Its plan must not depend on the
     statistics, which are wrong for a table that was just filled.
     `single_statements`: each statement is its own transaction, in one round trip instead of four.
-    `patient`: statements have no time limit, because nobody waits for them.
+    `patient`: statements and transactions have no time limit, because nobody waits for them.
     `lock_timeout`: how long a statement waits for a lock that somebody else holds.
     `kept`: connections besides OUTBOX_DATABASE_POOL, which parts keep for themselves.
     No statement of a call runs before the call is bound to its user: `shared.database.ownership`.
@@ -58,6 +67,7 @@ def create_engine(
     settings_of_postgres = {
         "statement_timeout": str(0 if patient else STATEMENT_TIMEOUT_MS),
         "lock_timeout": str(0 if patient else lock_timeout // _MILLISECOND),
+        "idle_in_transaction_session_timeout": str(0 if patient else _IDLE_TIMEOUT_MS),
         "timezone": "UTC",
         "jit": "off",
     }
@@ -98,12 +108,12 @@ def is_locked(error: Exception) -> bool:
 
 
 def _leave_standby(context: ExceptionContext) -> None:
-    """Treat a read-only server as a lost connection.
+    """Treat a read-only server, and the end of an idle transaction, as a lost connection.
 
     After a failover the server is a standby. New connections reach the new primary, old ones never
-    do. psycopg reports the error (25006) as an internal one, which would count as a bug.
+    do. psycopg reports both errors (25006, 25P03) as internal ones, which would count as bugs.
     """
-    if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+    if isinstance(context.original_exception, _LOST):
         context.is_disconnect = True
         raise OperationalError(
             context.statement,

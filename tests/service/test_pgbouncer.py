@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,11 +14,13 @@ import grpc
 import psycopg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.ports import LOOPBACK, free_port
+from outbox_server.shared.database import engine as engine_module
 from outbox_server.shared.database.connecting import parse_target
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.migrating import migrate
@@ -113,7 +115,13 @@ async def test_mail_is_sent_through_a_pooler_that_is_killed_and_then_leads_to_an
 async def test_settings_hold_in_each_transaction_and_do_not_reach_other_clients(
     stores: Stores,
 ) -> None:
-    names = ("statement_timeout", "TimeZone", "enable_seqscan", "lock_timeout")
+    names = (
+        "statement_timeout",
+        "TimeZone",
+        "enable_seqscan",
+        "lock_timeout",
+        "idle_in_transaction_session_timeout",
+    )
     async with pooler(stores.postgres.port, DATABASE, password_of(stores)) as bouncer:
         url = bouncer.url(DATABASE)
         kinds: list[dict[str, bool]] = [{}, {"single_statements": True}]
@@ -122,15 +130,38 @@ async def test_settings_hold_in_each_transaction_and_do_not_reach_other_clients(
                 for _ in range(2):
                     async with engine.connect() as connection:
                         found = await shown(connection, *names)
-                        assert found == ["1min", "UTC", "off", "10s"]
+                        assert found == ["1min", "UTC", "off", "10s", "1min"]
                 async with snapshot(engine) as connection:
                     assert await shown(connection, "transaction_read_only") == ["on"]
                     assert await shown(connection, *names) == found
         with psycopg.connect(url, autocommit=True) as other:
-            for name, value in zip(names, ("0", "UTC", "on", "0"), strict=True):
+            for name, value in zip(names, ("0", "UTC", "on", "0", "0"), strict=True):
                 row = other.execute(f"SHOW {name}".encode()).fetchone()
                 assert row is not None
                 assert name == "TimeZone" or row[0] == value
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+async def test_a_transaction_that_is_left_idle_loses_its_locks(
+    stores: Stores, database_url: str, monkeypatch: pytest.MonkeyPatch, *, pooled: bool
+) -> None:
+    monkeypatch.setattr(engine_module, "_IDLE_TIMEOUT_MS", 300)
+    lock = text("SELECT pg_advisory_xact_lock(1)")
+    async with AsyncExitStack() as stack:
+        url = database_url
+        if pooled:
+            port = stores.postgres.port
+            bouncer = await stack.enter_async_context(pooler(port, DATABASE, password_of(stores)))
+            url = bouncer.url(DATABASE)
+        engine = await stack.enter_async_context(engine_of(url))
+        async with engine.connect() as left, engine.connect() as other:
+            await left.execute(lock)
+            # It waits for the end of the first transaction.
+            await other.execute(lock)
+            with pytest.raises(OperationalError):
+                await left.execute(lock)
+        async with engine.connect() as connection:
+            await connection.execute(lock)
 
 
 async def test_statements_are_prepared_without_a_pooler_only(

@@ -73,6 +73,9 @@ _SLACK: Final = timedelta(minutes=1)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 # How long a call waits for another call with the same request_id. Below the usual deadline.
 _LOCK_LIMIT: Final = "20s"
+# The transaction waits for the chunks of an upload, which may be slow. Its rate has a limit of its
+# own (`shared.intake.upload_rate`); this one is for a host that has vanished.
+_IDLE_LIMIT: Final = "2h"
 COPY_JOBS: Final = (
     "COPY email_jobs (id, batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
     "recipient_key, address_key, variables) FROM STDIN"
@@ -275,7 +278,7 @@ class IntakeTransaction:
         same_request = select(
             exists().where(Batch.user_id == user_id, Batch.request_id == options.request_id)
         )
-        await self._limit_locks(_LOCK_LIMIT)
+        await self._limit(lock_timeout=_LOCK_LIMIT, idle_in_transaction_session_timeout=_IDLE_LIMIT)
         key = request_lock(literal(user_id), literal(options.request_id))
         try:
             await self._connection.execute(select(func.pg_advisory_xact_lock(key)))
@@ -297,12 +300,12 @@ class IntakeTransaction:
                 reason="REQUEST_IN_PROGRESS",
                 metadata={"request_id": options.request_id},
             ) from None
-        await self._limit_locks("0")
+        await self._limit(lock_timeout="0")
         return None if row is None else BegunBatch(row.id, row.start_at, row.created_at)
 
-    async def _limit_locks(self, limit: str) -> None:
-        setting = func.set_config("lock_timeout", limit, True)
-        await self._connection.execute(select(setting))
+    async def _limit(self, **limits: str) -> None:
+        settings = (func.set_config(name, limit, True) for name, limit in limits.items())
+        await self._connection.execute(select(*settings))
 
     async def suppressed(self, user_id: str, recipients: Sequence[str]) -> set[str]:
         """Return which of these addresses the user has suppressed."""
