@@ -18,8 +18,10 @@ from outbox_server.services.scheduler.filters.grammar import parse_filter
 from outbox_server.services.scheduler.filters.resources import BATCH_FIELDS, JOB_FIELDS
 from outbox_server.services.scheduler.storage.batches import list_batches
 from outbox_server.services.scheduler.storage.bounded import MOST_READ
+from outbox_server.services.scheduler.storage.erasing import suppress_erased
 from outbox_server.services.scheduler.storage.job_filters import FoundJobs, JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.suppression_imports import suppress_all
+from outbox_server.services.scheduler.storage.suppressions import insert_suppression
 from outbox_server.services.scheduler.storage.users import list_users
 from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
 from outbox_server.shared.database.engine import create_engine
@@ -226,10 +228,28 @@ async def test_an_import_finds_waiting_mail_by_its_addresses(
     async with filled(new_database(), redis_url, analysed=True) as engine:
         reasons = {f"R{n}@y.test": "" for n in range(30_000, 31_000)}
         call = partial(suppress_all, user_id="big", reasons=reasons)
-        (created, ended), rows, report = await reads_of(engine, call)
-        assert (created, ended.jobs) == (1_000, 1_000)
+        (created, part), rows, report = await reads_of(engine, call)
+        assert (created, part.ended.jobs) == (1_000, 1_000)
         assert "Seq Scan on email_jobs" not in report, report
         assert rows <= 20_000, report
+
+
+async def test_a_suppression_reads_few_jobs_of_others_to_its_address(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    # Each batch has a job to it.
+    address = "r7@y.test"
+    async with filled(new_database(), redis_url, analysed=True) as engine:
+        for call in (
+            partial(insert_suppression, user_id="u11", address=address, reason=""),
+            partial(suppress_all, user_id="u12", reasons={address: ""}),
+            partial(suppress_erased, user_id="u13", address=address),
+        ):
+            (_, part), _, report = await reads_of(engine, call)
+            lines = [line.split() for line in report.splitlines() if line.endswith("email_jobs")]
+            assert part.ended.jobs > 0
+            assert not part.rest.left
+            assert sum(int(line[0]) for line in lines) < SMALL - 200, report
 
 
 async def walk_from(which: JobFilter, after: JobPosition, connection: AsyncConnection) -> FoundJobs:

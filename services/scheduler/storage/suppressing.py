@@ -101,6 +101,8 @@ async def end_part(
         found = await _find_by_index(connection, jobs.user_id, which, limit)
         more = jobs.by_index if len(found) == limit else tuple(others)
         rest = WaitingJobs(jobs.user_id, more, jobs.by_row, jobs.after)
+        if not found:
+            return await end_part(connection, rest, limit)
     elif jobs.by_row is not None:
         which = jobs.by_row
         wanted = JobFilter(jobs.user_id, _WAITING)
