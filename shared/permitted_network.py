@@ -19,6 +19,7 @@ from outbox_server.shared.egress import Egress, reason_of
 class NoConnection(OSError):
     """No address of a host answers. The text names the host, the port and the cause."""
 
+
 # How much is read at a time. The informational responses in it take httpcore about 5 ms.
 _AT_ONCE: Final = 4 * 1024
 

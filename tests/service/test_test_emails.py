@@ -163,7 +163,7 @@ async def test_the_command_line_sends_a_test(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     words = ("senders", "test", sender.sender_id, "--recipient", "me@b.org")
-    content = ("--body", "Dear {{ name }}", "--column", "name=Ann=a")
+    content = ["--body", "Dear {{ name }}", "--column", "name=Ann=a"]
     content += ("--reply-to", "Team <team@b.org>", "--header", "X-Kind: {{ name }}")
     content += ("--name-column", "name", "--request-id", "first")
     sent = await outbox(scheduler, *words, *content)

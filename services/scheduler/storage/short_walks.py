@@ -8,11 +8,14 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, lateral, literal, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.filters.fields import FieldTest
+from outbox_server.services.scheduler.filters.grammar import leaves
 from outbox_server.services.scheduler.storage.conditions import (
     JOB_LEAVES,
     condition,
     has_external_id,
     is_to,
+    job_leaves,
 )
 from outbox_server.services.scheduler.storage.job_filters import (
     FoundJobs,
@@ -76,7 +79,7 @@ async def walk_external_id(
     last = (await connection.execute(jobs.offset(rows - 1).limit(1))).one_or_none()
     if last is not None:
         jobs = jobs.where(_up_to(which, place, id_after((last.batch_id, last.id))))
-    matching = jobs.where(condition(which.tree, JOB_LEAVES))
+    matching = _matching(jobs, which)
     found = [(row.batch_id, row.id) for row in await connection.execute(matching.limit(limit))]
     if last is None or len(found) == limit:
         return FoundJobs(found)
@@ -133,12 +136,27 @@ async def walk_due(
     last = (await connection.execute(jobs.offset(rows - 1).limit(1))).one_or_none()
     if last is not None:
         jobs = jobs.where(_up_to(which, place, [literal(last[0]), literal(last[1])]))
-    matching = jobs.where(waits_of(sender_id), condition(which.tree, JOB_LEAVES)).limit(limit)
+    matching = _matching(jobs.where(waits_of(sender_id)), which).limit(limit)
     rows_found = await connection.execute(matching)
     found = [_position(row.scheduled_at, row.id) for row in rows_found]
     if last is None or len(found) == limit:
         return FoundJobs(found)
     return FoundJobs(found, _position(last.scheduled_at, last.id))
+
+
+def _matching(jobs: Any, which: JobFilter) -> Any:
+    """Return the jobs that match the filter. The batch is read once for each, if it is needed."""
+    if which.tree is None or not any(_is_of_batch(test) for test in leaves(which.tree)):
+        return jobs.where(condition(which.tree, JOB_LEAVES))
+    of_job = select(Batch.created_at, Batch.labels).where(Batch.id == EmailJob.batch_id)
+    # LIMIT keeps the planner from beginning with the batches.
+    batch = lateral(of_job.correlate(EmailJob).limit(1), "of_job")
+    matches = condition(which.tree, job_leaves(batch.c.created_at, batch.c.labels))
+    return jobs.join(batch, true()).where(matches)
+
+
+def _is_of_batch(test: FieldTest) -> bool:
+    return bool(test.key) or test.field == "create_time"
 
 
 def _up_to(which: JobFilter, columns: Any, position: Any) -> ColumnElement[bool]:

@@ -20,7 +20,6 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Select,
-    and_,
     any_,
     case,
     func,
@@ -40,7 +39,7 @@ from outbox_server.services.scheduler.filters.fields import (
     required_value,
 )
 from outbox_server.services.scheduler.storage.bounded import search
-from outbox_server.services.scheduler.storage.conditions import JOB_LEAVES, condition
+from outbox_server.services.scheduler.storage.conditions import condition, job_leaves
 from outbox_server.services.scheduler.storage.counted_states import may_have
 from outbox_server.services.scheduler.storage.job_filters import (
     ALL_STATES,
@@ -181,8 +180,8 @@ class _JobWalk:
         of_jobs = [term for term in required(which.tree) if not is_batch_level(term)]
         # Every row that is read is a match.
         self._matches_all = not of_jobs and matches is None
-        conditions = [condition(term, JOB_LEAVES) for term in of_jobs]
-        self._condition = and_(true() if matches is None else matches, *conditions)
+        self._of_jobs = of_jobs
+        self._matching = true() if matches is None else matches
         self._in_trouble = which.states <= _TROUBLE
         self._batches_wanted = _BATCHES_AT_FIRST
 
@@ -310,11 +309,15 @@ class _JobWalk:
         """Return the matching jobs of some batches after the position, up to the limit."""
         which = self._which
         given = literal(list(batch_ids), ARRAY(BigInteger))
-        batches = select(Batch.id).where(Batch.id == any_(given)).subquery("batch")
+        listed = select(Batch.id, Batch.created_at, Batch.labels).where(Batch.id == any_(given))
+        batches = listed.subquery("batch")
+        leaves = job_leaves(batches.c.created_at, batches.c.labels)
+        terms = [condition(term, leaves) for term in self._of_jobs]
         here, start = batches.c.id == position[0], literal(which.start[1], BigInteger)
         after = case((here, literal(position[1], BigInteger)), else_=start)
         place = (EmailJob.batch_id, EmailJob.id)
-        jobs = select(*place).where(self._within(batches.c.id, after, until), self._condition)
+        within = self._within(batches.c.id, after, until)
+        jobs = select(*place).where(within, self._matching, *terms)
         left = self._limit - len(self._found)
         part = lateral(jobs.order_by(*which.ordered(*place)).limit(left), "part")
         statement = (
