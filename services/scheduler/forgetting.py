@@ -34,6 +34,23 @@ _RETRY: Final = timedelta(seconds=10)
 _Removal = Callable[[AsyncConnection], Awaitable[int]]
 
 
+class _OldEvents:
+    """Removes old events of jobs from where it has come to in a run.
+
+    From the start of the index each time, it would read all the rows that it has removed before,
+    until a vacuum. Rows that it skips are left to the next run.
+    """
+
+    def __init__(self, retention: timedelta) -> None:
+        self._retention = retention
+        self._after = 0
+
+    async def remove(self, connection: AsyncConnection) -> int:
+        removed = await remove_old_events(connection, self._retention, _CHUNK, self._after)
+        self._after = max(removed, default=0)
+        return len(removed)
+
+
 class Forgetter:
     """Removes what is older than a day, or than the retentions of both kinds of events."""
 
@@ -56,7 +73,7 @@ class Forgetter:
             partial(storage.remove_surplus_requests, most=most_requests, limit=_CHUNK),
             partial(storage.remove_surplus_events, most=most_events, limit=_CHUNK),
             partial(remove_old_deliveries, older_than=event_retention, limit=_CHUNK),
-            partial(remove_old_events, older_than=event_retention, limit=_CHUNK),
+            _OldEvents(event_retention).remove,
         ]
         if audit_retention is not None:
             self._removals.append(

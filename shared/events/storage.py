@@ -285,14 +285,18 @@ async def find_start(connection: AsyncConnection, start: datetime) -> EventPosit
     return EventPosition(low, drawn.at)
 
 
-async def remove_old_events(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
-    """Remove the oldest events, at most `limit`. Return how many that were."""
-    oldest = select(JobEvent.id).order_by(JobEvent.id).limit(limit)
+async def remove_old_events(
+    connection: AsyncConnection, older_than: timedelta, limit: int, after: int = 0
+) -> list[int]:
+    """Remove the oldest events after an id, at most `limit`. Return their ids."""
+    oldest = select(JobEvent.id).where(JobEvent.id > after).order_by(JobEvent.id).limit(limit)
     removed = await connection.execute(
-        delete(JobEvent).where(
+        delete(JobEvent)
+        .where(
             JobEvent.id.in_(oldest.with_for_update(skip_locked=True)),
             JobEvent.happened_at
             < func.statement_timestamp() - literal(older_than + _GRACE, INTERVAL),
         )
+        .returning(JobEvent.id)
     )
-    return removed.rowcount
+    return list(removed.scalars())
