@@ -143,7 +143,7 @@ class Shares:
         if not route.endpoint:
             return user.held < self.share
         endpoint = self.endpoint(route)
-        if user.permits >= self.share:
+        if user.held >= self.share:
             return False
         now = self._clock()
         if not self._is_slow(endpoint, now):
