@@ -27,8 +27,8 @@ def spreadsheet_text(cell: str) -> str:
 
 def guarded(cell: str) -> str:
     """Return the cell as `spreadsheet_text` does, but so that `unguarded` returns it exactly."""
-    ambiguous = _AMBIGUOUS.match(cell) and not _HARMLESS.fullmatch(cell)
-    return f"'{cell}" if ambiguous else cell
+    is_plain = _HARMLESS.fullmatch(cell) and cell == cell.strip()
+    return f"'{cell}" if _AMBIGUOUS.match(cell) and not is_plain else cell
 
 
 def unguarded(cell: str) -> str:

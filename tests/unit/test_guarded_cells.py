@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outbox_server.shared.intake.guarded_cells import guarded, spreadsheet_text, unguarded
 
 
+@example("- ")
 @given(st.text(st.sampled_from("'=+-@ax1. \u00a0\n\uff1d")) | st.text())
 def test_a_guard_is_removed_exactly(text: str) -> None:
     assert unguarded(guarded(text)) == text
