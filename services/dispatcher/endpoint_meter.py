@@ -12,9 +12,9 @@ from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.smtp.latencies import BUCKETS, bucket_of
 from outbox_server.shared.states import ReplyClass
 
-# There are two slots: the present one, and the one before.
-_SLOT_S: Final = 300.0
-# Endpoints that one slot counts, and of one user. Further ones are left out until the next slot.
+# There are two intervals: the present one, and the one before.
+_INTERVAL_S: Final = 300.0
+# Endpoints that one interval counts, and of one user. Further ones are left out until the next one.
 _MOST: Final = 1_000
 _MOST_OF_USER: Final = 50
 _CLASSES: Final = max(ReplyClass) + 1
@@ -52,21 +52,21 @@ class EndpointMeter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = clock()
-        self._slot: dict[EndpointName, EndpointFigures] = {}
+        self._present: dict[EndpointName, EndpointFigures] = {}
         self._before: dict[EndpointName, EndpointFigures] = {}
-        # The endpoints in the slot, by user.
+        # The endpoints in the present interval, by user.
         self._of_users: Counter[str] = Counter()
 
     def count(self, endpoint: Endpoint, reply_class: ReplyClass | None, seconds: float) -> None:
         """Count an attempt that ended after some seconds."""
-        self._turn()
+        self._begin_interval()
         name = EndpointName(endpoint.chosen_by, endpoint.host, endpoint.port)
-        figures = self._slot.get(name)
+        figures = self._present.get(name)
         if figures is None:
-            if self._of_users[name.user_id] >= _MOST_OF_USER or len(self._slot) >= _MOST:
+            if self._of_users[name.user_id] >= _MOST_OF_USER or len(self._present) >= _MOST:
                 return
             self._of_users[name.user_id] += 1
-            figures = self._slot[name] = EndpointFigures(endpoint.circuit)
+            figures = self._present[name] = EndpointFigures(endpoint.circuit)
         # A new password gives a new key.
         figures.circuit = endpoint.circuit
         figures.replies[reply_class or 0] += 1
@@ -74,16 +74,16 @@ class EndpointMeter:
 
     def figures(self) -> dict[EndpointName, EndpointFigures]:
         """Return the figures of all endpoints with attempts."""
-        self._turn()
+        self._begin_interval()
         found = dict(self._before)
-        for name, figures in self._slot.items():
+        for name, figures in self._present.items():
             before = found.get(name)
             found[name] = figures.plus(EndpointFigures("") if before is None else before)
         return found
 
-    def _turn(self) -> None:
+    def _begin_interval(self) -> None:
         now = self._clock()
-        while now - self._began >= _SLOT_S:
-            self._began = max(self._began + _SLOT_S, now - _SLOT_S)
-            self._before, self._slot = self._slot, {}
+        while now - self._began >= _INTERVAL_S:
+            self._began = max(self._began + _INTERVAL_S, now - _INTERVAL_S)
+            self._before, self._present = self._present, {}
             self._of_users.clear()
