@@ -136,6 +136,7 @@ class Dispatcher:
             spawn=self._spawn,
         )
         metrics.concurrency.set(settings.dispatcher_concurrency)
+        self._concurrency = settings.dispatcher_concurrency
         metrics.in_flight.set_function(lambda: self.in_flight)
         self._group: asyncio.TaskGroup | None = None
         # The shards that this dispatcher is rebuilding.
@@ -152,8 +153,12 @@ class Dispatcher:
 
     @property
     def in_flight(self) -> int:
-        """The number of jobs that are claimed and not yet recorded."""
-        return self._slots.in_flight
+        """The number of slots in use.
+
+        A slot that passes from a mail that has ended to the next job, in the statement that records
+        the one and marks the other, counts once: only one of them may be in doubt after a crash.
+        """
+        return min(self._slots.in_flight, self._concurrency)
 
     @property
     def oldest_lease(self) -> timedelta | None:
