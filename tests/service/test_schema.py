@@ -27,7 +27,13 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 async def serving(channel: grpc.aio.Channel) -> bool:
-    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    """Return what a probe sees. A service binds its port anew when it has read its settings."""
+    try:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    except grpc.aio.AioRpcError as error:
+        if error.code() != grpc.StatusCode.UNAVAILABLE:
+            raise
+        return False
     return bool(answer.status == SERVING)
 
 
