@@ -15,7 +15,7 @@ import uvloop
 
 
 class DelayedSide(asyncio.Protocol):
-    """One end of a connection. What it receives is written to the other end, later."""
+    """One end of a connection. It writes the bytes that it receives to the other end, later."""
 
     def __init__(self, delay_s: float) -> None:
         self._delay_s = delay_s

@@ -99,7 +99,7 @@ def rivals(run: Run) -> str:
 
 
 def notes(run: Run) -> str:
-    """Return what the rivals do not do, as a list."""
+    """Return the list of the things that the rivals do not do."""
     found = sorted({note for row in run["rows"].values() for note in row["notes"]})
     return "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in found)
 
@@ -126,7 +126,7 @@ _STEPS: Final[tuple[tuple[str, str, str, str, Callable[[float], float]], ...]] =
 
 
 def costs(run: Run) -> str:
-    """Return the table of what each step costs."""
+    """Return the table of the cost of each step."""
     rows = []
     for step, row, figure, unit, cost in _STEPS:
         found = _median(run, row, figure)

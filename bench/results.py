@@ -1,4 +1,4 @@
-"""What a run measured: rounds, medians, spreads, and the ratios that the targets are about."""
+"""The results of a run: rounds, medians, spreads, and the ratios that the targets are about."""
 
 from __future__ import annotations
 

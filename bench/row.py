@@ -1,4 +1,4 @@
-"""A row of the table: what is measured, of whom, and what its target is."""
+"""A row of the table: the measure, the systems that are measured, and the target."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _STORES: Final = ("postgresql", "redis")
 _WATCHED_S: Final = 20
 _SETTLED_S: Final = 5
 _START_LIMIT_S: Final = 120
-# What the upload of a round has left.
+# Deletes the rows that the upload of a round left behind.
 _FORGET: Final = (
     "DELETE FROM email_jobs WHERE batch_id = %(batch)s",
     "DELETE FROM batch_counts WHERE batch_id = %(batch)s",

@@ -21,8 +21,8 @@ T = TypeVar("T")
 def with_engine(work: Callable[[AsyncEngine], Awaitable[T]], **options: Any) -> T:
     """Run `work` on the database of OUTBOX_DATABASE_URL and return its result.
 
-    If that is not set, it is the database of the `outbox up` of the current folder, if one runs
-    there. `options` are those of `create_engine`.
+    If that is not set, it is the database of the `outbox up` that runs in the current folder.
+    `options` are passed to `create_engine`.
 
     Raises:
         CommandFailed: the database cannot be reached, or has no schema.

@@ -42,7 +42,7 @@ class UncertainPolicy(StrEnum):
 
 
 class DrillStores(StrEnum):
-    """What the stores of a drill are."""
+    """The kind of stores that a drill uses."""
 
     SINGLE = "single"
     CLUSTER = "cluster"

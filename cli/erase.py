@@ -1,4 +1,4 @@
-"""`outbox erase`: erases what is stored about one recipient."""
+"""`outbox erase`: erases all stored data about one recipient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes what an export streams to stdout, as CSV or JSON lines."""
+"""Writes the items of an export to stdout, as CSV or JSON lines."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ _ROW: Final = re.compile(r"\brows\[(\d+)\](?:\.(\w+))?")
 _ID: Final = re.compile(r"\b(?:request|sender|user|batch)_id\b(?= ')")
 
 
-# What the running command calls its options and arguments, by the flags that they have or, as
-# arguments, would have.
+# The names of the options and arguments of the running command, as people write them. The key is
+# the flag that the option has, or that the argument would have.
 _running: Final[ContextVar[Mapping[str, str]]] = ContextVar("running", default={})  # noqa: B039
 
 

@@ -1,4 +1,4 @@
-"""`outbox purge`: removes what is older than the retention, once."""
+"""`outbox purge`: removes rows that are older than the retention, once."""
 
 from __future__ import annotations
 

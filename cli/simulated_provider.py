@@ -1,4 +1,4 @@
-"""The simulated mail provider of `outbox up`: its options, and what is printed about it."""
+"""The simulated mail provider of `outbox up`: its options, and its part of the output."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def _endpoints(view: View, width: int) -> Table:
 
 
 def _latencies(found: Sequence[EndpointStats], endpoint: EndpointStatus) -> tuple[str, str]:
-    """Return the latencies of an endpoint: those of the user for whom it is slowest."""
+    """Return the latencies of an endpoint for the user for whom it is slowest."""
     of_users = [each for each in found if (each.host, each.port) == (endpoint.host, endpoint.port)]
     if not of_users:
         return "", ""

@@ -1,4 +1,4 @@
-"""Generates what is never committed: the protobuf and gRPC code, and the blocking client.
+"""Generates code that is never committed: the protobuf and gRPC code, and the blocking client.
 
 Runs as hatch's build hook, and as a script for `make protos`.
 

@@ -55,7 +55,7 @@ class Child:
         death_signal: signal.Signals = signal.SIGKILL,
         stdin: str = "",
     ) -> None:
-        """`stdin` is what the process reads: for secrets, as all users can see its arguments."""
+        """The process reads `stdin`: use it for secrets, because all users can see arguments."""
         self.name = name
         self._argv = [str(word) for word in argv]
         self._log = log

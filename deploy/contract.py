@@ -1,4 +1,4 @@
-"""What the gateway needs to know of the contract, read from its descriptor set."""
+"""The parts of the contract that the gateway needs, read from its descriptor set."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ def claim_port(port: int) -> socket.socket | None:
     """Return a socket that reserves a port among stacks until it is closed; None if it is taken.
 
     Seconds pass between the check of a port and the start of a server on it. Without a claim, two
-    stacks that start together both find the usual ports free, and the slower one takes the other's
-    health answers for those of its own service. Like a port, a name in Linux's abstract namespace
-    is visible to all users of a network namespace, and it disappears with its process.
+    stacks that start together both find the usual ports free. The slower one would then mistake the
+    other stack's service for its own. Like a port, a name in Linux's abstract namespace is visible
+    to all users of a network namespace, and it disappears with its process.
     """
     claim = socket.socket(socket.AF_UNIX)
     if sys.platform == "linux":

@@ -14,7 +14,7 @@ _FILE: Final = 0o600
 
 
 class ForeignFolderError(OutboxError):
-    """A folder belongs to another user, who could read what is stored in it."""
+    """A folder belongs to another user, who could read its files."""
 
     default_reason = "FOLDER_OF_ANOTHER_USER"
 

@@ -1,7 +1,7 @@
 """`python -m release`: builds everything that a release publishes into build/release/.
 
-The sources are those of the commit, not of the work tree, and every time in the results is that of
-the commit. So two builds of a commit with the same libraries give the same files.
+The sources are taken from the commit, not from the work tree, and every time in the results is the
+time of the commit. So two builds of a commit with the same libraries give the same files.
 """
 
 from __future__ import annotations

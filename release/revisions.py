@@ -1,4 +1,4 @@
-"""The schema revisions of releases. `python -m release.revisions` records that of this version."""
+"""The schema revisions of releases. `python -m release.revisions` records the present one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def all_revisions(root: Path = ROOT) -> list[str]:
 
 
 def record(root: Path = ROOT) -> None:
-    """Record the last revision as that of the version in pyproject.toml."""
+    """Record the last revision for the version in pyproject.toml."""
     found = released_revisions(root) | {project_version(root): all_revisions(root)[-1]}
     path = root / _FILE
     comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]

@@ -56,7 +56,7 @@ def _production_only(document: dict[str, Any]) -> dict[str, Any]:
         if not component.get("licenses"):  # older metadata, which only `licenses` understands
             known = license_of(production[canonicalize_name(component["name"])])
             component["licenses"] = [{"expression": known}]
-        # Where an editable installation lies on this machine is no part of the release.
+        # The path of an editable installation on this machine is not part of the release.
         references = component.get("externalReferences", [])
         component["externalReferences"] = [
             one for one in references if not one["url"].startswith("file:")

@@ -1,7 +1,7 @@
-"""Does for many calls at once what costs nearly the same for one key as for ten.
+"""Joins the work of many calls, which costs nearly the same for one key as for ten.
 
-All calls that come while the work is in progress share the next round of it. A key whose work takes
-long is worked on alone from then on, so that it delays no others.
+All calls that come while a round of work is in progress share the next round. A key whose work
+takes long gets rounds of its own from then on, so that it delays no other keys.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _MOST_KEYS: Final = 100
 # as a sender with a million cancelled jobs. On a busy machine, all rounds take long.
 _SLOW_S: Final = 0.1
 _SLOW_TIMES: Final = 4
-# What is usual before the first round, in seconds, and the weight of each further one.
+# The usual duration that is assumed before the first round, in seconds, and the weight of each
+# further round in the average.
 _USUAL_S: Final = 0.05
 _WEIGHT: Final = 0.1
-# How long the keys of a slow round are alone, and the most that are remembered.
+# How long the keys of a slow round get rounds of their own, and the most keys that do.
 _ALONE_S: Final = 30.0
 _MOST_ALONE: Final = 10_000
-# The most rounds of keys that are alone, at a time: each holds a connection.
+# The most such rounds at a time: each holds a connection.
 _MOST_ALONE_ROUNDS: Final = 3
 
 _log = structlog.get_logger(__name__)
@@ -113,7 +114,7 @@ class Coalesced(Generic[T]):
             self._shared = None
 
     async def _round(self, keys: Sequence[int], *, shared: bool = False) -> None:
-        # Taken out before the work begins: whoever comes later may have committed too late for it.
+        # Taken out before the work begins: a later caller may have committed too late for it.
         results = {each: self._waiting.pop(each) for each in keys if each in self._waiting}
         if not results:
             return
@@ -134,7 +135,7 @@ class Coalesced(Generic[T]):
                     result.set_result(found.get(each))
 
     def _is_slow(self, took: float, *, shared: bool) -> bool:
-        """Return whether a round took unusually long, and note what is usual."""
+        """Return whether a round took unusually long, and update the usual duration."""
         slow = took > max(_SLOW_S, _SLOW_TIMES * self._usual)
         if shared:
             self._usual += _WEIGHT * (min(took, 2 * self._usual) - self._usual)

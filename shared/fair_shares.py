@@ -102,7 +102,7 @@ class FairShares:
         return True
 
     def give_back(self, claimant: Claimant) -> None:
-        """Return a place, and give it to whoever waits and holds the fewest."""
+        """Return a place, and give it to the waiting claimant that holds the fewest."""
         self._total -= 1
         self._held[claimant] -= 1
         if not claimant.privileged:
@@ -260,7 +260,7 @@ class _Places:
         return self.capacity - self.taken
 
     def admit(self, held: int, free: int) -> bool:
-        """Return whether one who holds `held` may take one more, with at most `free` left."""
+        """Return whether a claimant that holds `held` may take one more, with `free` left."""
         free = min(free, self.free)
         if held and free == 1 and self._reserve:
             return False  # the last place is kept for a user who has none

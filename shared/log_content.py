@@ -8,8 +8,8 @@ from collections.abc import MutableMapping
 from typing import Any, Final
 
 _ADDRESS_MARK: Final = "[address]"
-# An address, or the user and host of a URL, which is no address. The bounds limit the time that a
-# long line takes; no address is longer.
+# An address, or the user and host of a URL, which is not an address. The bounds limit the time that
+# a long line takes; no address is longer.
 _ADDRESS: Final = re.compile(
     r"://[^\s\"'/?#]*|[^\s<>\"'@,;:()\[\]/\\=]{1,320}@[^\s<>\"'@,;:()\[\]/\\]{1,320}"
 )

@@ -25,7 +25,7 @@ import pycares
 
 # Limit of a look-up, including the wait until fewer look-ups of the same user are under way.
 LIMIT: Final = timedelta(seconds=5)
-# The look-ups of one user at a time. Further ones wait for those of this user only.
+# The look-ups of one user at a time. Further ones wait for look-ups of the same user only.
 AT_ONCE_PER_USER: Final = 8
 # How many addresses of a name are used. A name may have thousands, and each could be tried.
 MAX_ADDRESSES: Final = 16

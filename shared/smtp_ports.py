@@ -1,4 +1,4 @@
-"""The ports that endpoints of users may have: those of mail, unless the operator adds others."""
+"""The ports that users' endpoints may have: the usual mail ports, unless the operator adds more."""
 
 from __future__ import annotations
 

@@ -105,14 +105,14 @@ class DuplicatePolicy(IntEnum):
 
 
 class BatchMode(IntEnum):
-    """What a bad row does to its batch."""
+    """The effect of a bad row on its batch."""
 
     PERMISSIVE = 1
     STRICT = 2
 
 
 class SuppressionForm(IntEnum):
-    """What the address of a suppression covers. Older releases write none."""
+    """The addresses that a suppression covers. Older releases write none."""
 
     # The address itself, in lower case.
     EXACT = 1

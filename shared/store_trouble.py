@@ -100,7 +100,7 @@ def refusal_of(error: BaseException) -> str | None:
 
 
 def trouble_of(error: BaseException) -> StoreTrouble:
-    """Return what an error of a check says about the store."""
+    """Return the trouble of a store by the error of its check."""
     if isinstance(error, ShardsFailedError):
         trouble = trouble_of(error.cause)
         return StoreTrouble(f"{trouble.kind} ({error.where})", trouble.text)

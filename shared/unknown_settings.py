@@ -19,7 +19,7 @@ _OTHERS: Final = re.compile(
 
 
 def unknown_settings(names: Iterable[str]) -> list[str]:
-    """Return a warning for each of the names that is no setting; none has a value."""
+    """Return a warning for each name that is not a setting. The warnings contain no values."""
     known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields}
     known |= {f"{_PREFIX}{name.upper()}_FILE" for name in SECRET_SETTINGS}
     # pydantic-settings reads names in any case.

@@ -14,7 +14,7 @@ from outbox_server.shared.secret_files import SECRET_SETTINGS
 from outbox_server.shared.settings import Settings
 
 CHART: Final = Path(__file__).parent / "outbox"
-# What the chart sets itself, from values of its own.
+# Settings that the chart sets itself, from values of its own.
 _SET_BY_THE_CHART: Final = frozenset(
     (
         *SECRET_SETTINGS,

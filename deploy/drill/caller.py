@@ -43,7 +43,7 @@ _CUT_OFF: Final = "Internal error from Core"
 
 @dataclass
 class Answered:
-    """The answers of the schedulers, from which the drill knows what was accepted."""
+    """The answers of the schedulers, which tell the drill what was accepted."""
 
     # Accepted rows by batch.
     batches: dict[str, int] = field(default_factory=dict)

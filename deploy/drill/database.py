@@ -93,7 +93,7 @@ class CopiedDatabase:
     """Sets a database aside, and puts a copy in its place. Each step can be repeated."""
 
     def __init__(self, url: Callable[[], str], name: str = "outbox") -> None:
-        """`url` returns that of another database, for the superuser."""
+        """`url` returns the superuser's URL of another database."""
         self._url = url
         self._name = name
         # The names of the database that was set aside, and of the copy.
@@ -158,7 +158,7 @@ async def limit_users(url: str, limits: Mapping[str, UserSendLimits]) -> None:
 
 
 async def markers_of(url: str, user_id: str) -> list[int] | None:
-    """Return the markers of the user's senders: what was changed and may not be loaded yet.
+    """Return the markers of the user's senders: changes that may not be loaded yet.
 
     None means that PostgreSQL cannot be reached.
     """

@@ -1,4 +1,4 @@
-"""A hostile user in a drill: its mail takes what a user may have, and none of it can be sent."""
+"""A hostile user in a drill: it uses up all its shares, with mail that can never be sent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HostileUser:
         credentials: grpc.ChannelCredentials | None,
         endpoint_port: int,
     ) -> None:
-        """`endpoint_port` is that of a server which other users use. It expects TLS."""
+        """`endpoint_port` is the port of a server which other users use. It expects TLS."""
         self._addresses = addresses
         self._credentials = credentials
         self._endpoint_port = endpoint_port
@@ -108,7 +108,7 @@ class HostileUser:
         return [answer.batch.batch_id]
 
     async def _cancel(self, caller: DrillCaller, batch_id: str) -> None:
-        """Cancel what waits, until nothing is being sent either."""
+        """Cancel the waiting mail, until nothing is being sent either."""
         request = CancelBatchRequest(batch_id=batch_id, user_id=HOSTILE_USER)
 
         async def cancel(channel: grpc.aio.Channel) -> CancelBatchResponse:

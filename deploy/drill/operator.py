@@ -1,4 +1,4 @@
-"""What an operator does during a drill: changes the limits of users, and releases held mail."""
+"""The operator of a drill: changes the limits of users, and releases held mail."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class ProductionConfiguration:
     def environment(self, ports: Mapping[str, int], redis_password: str) -> dict[str, str]:
         """Write the secrets into files, and return the variables of the services.
 
-        `ports` are those of the proxies. A variable that is empty counts as not set.
+        `ports` has the ports of the proxies. A variable that is empty counts as not set.
         """
         folder = self._folder / "secrets"
         folder.mkdir(mode=0o700)

@@ -1,4 +1,4 @@
-"""The report of a drill: its audit, and what the drill itself saw."""
+"""The report of a drill: its audit, and the drill's own observations."""
 
 from __future__ import annotations
 

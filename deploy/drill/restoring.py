@@ -35,11 +35,11 @@ class Restoring:
     """Restores the database of a stack, and releases what is held."""
 
     def __init__(self, stack: DrillStack, operator: DrillOperator, writes: asyncio.Lock) -> None:
-        """`writes` is held by whoever changes the database beside the services."""
+        """`writes` is the lock for changes of the database that no service makes."""
         self._stack = stack
         self._operator = operator
         self._writes = writes
-        # What was sent although it was held, one per line.
+        # The mails that were sent although they were held, one per line.
         self.problems: list[str] = []
 
     async def restore(self, lasts: float) -> None:
@@ -47,7 +47,7 @@ class Restoring:
         databases = CopiedDatabase(lambda: self._stack.postgres.url("postgres", SUPERUSER))
         async with self._writes:
             await until(lambda: _tried(databases.set_aside), _STEP_LIMIT_S)
-            # What they begin after their restart, they begin with the restored database.
+            # After their restart, the dispatchers work with the restored database.
             for service in self._stack.system.services:
                 if service.name == "dispatcher":
                     service.child.signal(signal.SIGKILL)

@@ -163,7 +163,7 @@ class Drill:
         return Struck(fault, recovery)
 
     async def _missing_in_the_end(self, fault: Fault, ended: float) -> str:
-        """Wait for the recovery, and return what was missing when its time was over; or nothing."""
+        """Wait for the recovery. Return what is still missing at its time limit, or nothing."""
         left, before = RECOVERY_LIMIT_S, time.monotonic()
         while missing := await self._missing_after(fault, ended):
             await asyncio.sleep(_POLL_S)

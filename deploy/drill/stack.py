@@ -266,7 +266,7 @@ class DrillStack:
 
     @property
     def credentials(self) -> dict[str, grpc.ChannelCredentials] | None:
-        """What the callers present, by user; None without TLS and keys."""
+        """The credentials of the callers, by user; None without TLS and keys."""
         return None if self._production is None else self._production.credentials
 
     @property

@@ -20,7 +20,7 @@ LIMITS: Final[Mapping[str, UserSendLimits]] = {
     WINDOW_USER: UserSendLimits(hourly_limit=10),
     GAP_USER: UserSendLimits(gap=timedelta(milliseconds=200)),
 }
-# What they are changed to for a while.
+# The limits that they are changed to for a while.
 TIGHTER_LIMITS: Final[Mapping[str, UserSendLimits]] = {
     WINDOW_USER: UserSendLimits(hourly_limit=4),
     GAP_USER: UserSendLimits(gap=timedelta(milliseconds=600)),

@@ -64,7 +64,7 @@ class InboxConnection(SMTP):
             loop=asyncio.get_running_loop(),
         )
         self._inbox = inbox
-        # What a provider's policy knows about this connection.
+        # The state of this connection for a provider's policy.
         self.visit = Visit(next(inbox.numbers), LOOPBACK)
         self.mail_began_at = 0.0
         # The phase of the next reply. Empty means a reply that no trouble concerns.

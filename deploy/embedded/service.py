@@ -94,7 +94,7 @@ class Service:
         self.child = self._child_at(address)
 
     def begin_with(self, more: Mapping[str, str]) -> None:
-        """Add these variables from the next start on, in place of those of an earlier call."""
+        """Add these variables from the next start on. They replace the ones of an earlier call."""
         self.child.environment = self._environment_at(self.address) | dict(more)
 
     def begin_log(self) -> None:

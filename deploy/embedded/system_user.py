@@ -54,7 +54,7 @@ def user_for_postgres(name: str = DEFAULT_USER) -> pwd.struct_passwd | None:
 
 
 def runnable_by_all(binaries: Path) -> Path:
-    """Return PostgreSQL's `binaries` if every user may run them, else those of a copy.
+    """Return PostgreSQL's `binaries` if every user may run them, otherwise a copy of them.
 
     The virtual environment of root is often in a folder that only root may enter. The copy is made
     once per version, so that no folder of root's has to be opened to other users.

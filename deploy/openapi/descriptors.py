@@ -102,7 +102,7 @@ class Descriptors:
     """Finds types by their full names, which begin with a dot, as descriptors write them."""
 
     def __init__(self, descriptors: bytes, package: str) -> None:
-        """Read a descriptor set with source information. `services` are those of `package`."""
+        """Read a descriptor set with source information. `services` are the ones in `package`."""
         self.messages: dict[str, MessageType] = {}
         self.enums: dict[str, EnumType] = {}
         self.services: list[ServiceType] = []

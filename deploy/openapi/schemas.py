@@ -46,7 +46,7 @@ _SCALARS: Final[dict[int, Schema]] = {
     _Type.TYPE_STRING: {"type": "string"},
     _Type.TYPE_BYTES: {"type": "string", "format": "byte", "contentEncoding": "base64"},
 }
-# Messages that are no objects in JSON.
+# Messages that are not objects in JSON.
 WELL_KNOWN: Final[dict[str, Schema]] = {
     ".google.protobuf.Timestamp": {"type": "string", "format": "date-time"},
     ".google.protobuf.Duration": {
@@ -62,7 +62,7 @@ _NOT_INPUT: Final = (FieldBehavior.OUTPUT_ONLY, FieldBehavior.IDENTIFIER)
 
 
 class Schemas:
-    """Makes schemas, and collects those of named types as components."""
+    """Makes schemas, and collects the schemas of named types as components."""
 
     def __init__(self, descriptors: Descriptors, returned: Collection[str]) -> None:
         """`returned` are the full names of the messages that methods return."""

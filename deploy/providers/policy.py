@@ -26,7 +26,7 @@ _LONGEST_VALUE: Final = 320
 
 @dataclass(eq=False, slots=True)
 class Visit:
-    """What a provider's limits need to know about one connection."""
+    """The state of one connection for the limits of a provider."""
 
     number: int
     address: str

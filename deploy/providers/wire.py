@@ -141,7 +141,7 @@ class Wire:
             raise ConnectionEndedError from None
 
     async def close(self) -> None:
-        """Send what is left, and close."""
+        """Send the rest of the buffer, and close."""
         try:
             await self.flush()
             self._writer.close()
@@ -151,7 +151,7 @@ class Wire:
             self._writer.transport.abort()
 
     def abort(self) -> None:
-        """Close at once, without sending what is left."""
+        """Close at once, without sending the rest of the buffer."""
         self._writer.transport.abort()
 
     async def _fill(self) -> None:

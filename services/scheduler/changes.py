@@ -51,13 +51,13 @@ async def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Made(Generic[M]):
-    """A change that was made, and what the caller and the audit log learn of it.
+    """A change that was made: the answer for the caller, and the values for the audit log.
 
     `user_id` owns `target`. `before` and `after` are the values that changed. `address` is the
-    recipient that the change is about. `changed` is False if everything was so already, or if
-    `Changes.record_part` has recorded it: there is no further event then. `stored` is kept for
-    repeated calls in place of `answer`, without texts that can be read again. `afterwards` is
-    called after the commit; a process that dies before has left a marker.
+    recipient that the change is about. `changed` is False if the call changed nothing, or if
+    `Changes.record_part` has recorded the change: then no further event is written. Repeated calls
+    get `stored` in place of `answer`; it lacks texts that can be read again. `afterwards` is called
+    after the commit; if the process dies before that, a marker remains.
     """
 
     answer: M
@@ -72,7 +72,7 @@ class Made(Generic[M]):
 
     @property
     def address_key(self) -> str | None:
-        """Return the key by which an erasure finds what is stored of the change."""
+        """Return the key by which an erasure finds the stored parts of the change."""
         return folded_key(self.address) if self.address else None
 
 
@@ -171,7 +171,7 @@ class Changes:
         made = await change()
 
         async def store(connection: AsyncConnection) -> M:
-            # Also if another call with the same id was faster: what this one did is recorded.
+            # This change is recorded even if another call with the same id was faster.
             await _record(connection, request, said, made)
             if key.request_id:
                 if repeatable:
@@ -214,7 +214,7 @@ def check_etag(given: str, present: str, target: str) -> None:
     """
     if given and given != present:
         raise Aborted(
-            f"{target} was changed since it was read; read it again, and decide anew",
+            f"{target} was changed since it was read; read it again, and repeat the change",
             reason="ETAG_MISMATCH",
             metadata={"etag": present},
         )

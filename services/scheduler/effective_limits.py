@@ -35,7 +35,7 @@ class OwnLimits:
 
 @dataclass(frozen=True, slots=True)
 class UserOverrides:
-    """What an operator has set for a user. None means the default of all users."""
+    """The limits that an operator has set for a user. None means the default of all users."""
 
     hourly_limit: int | None = None
     min_gap_ms: int | None = None

@@ -30,7 +30,7 @@ class ErasedRecipient:
 async def erase_recipient(
     engine: AsyncEngine, loader: HeadLoader, user_id: str, address: str
 ) -> ErasedRecipient:
-    """Erase what a user's rows say about the person with this address."""
+    """Erase the data about the person with this address from a user's rows."""
     suppression, first = await in_transaction(
         engine, lambda connection: storage.suppress_erased(connection, user_id, address)
     )
@@ -51,7 +51,7 @@ async def erase_recipient(
 
 
 async def forget_changes(engine: AsyncEngine, user_id: str, address: str) -> None:
-    """Erase what the audit log and the stored requests of a user say about an address."""
+    """Erase the data about an address from a user's audit log and stored requests."""
     key = folded_key(address)
 
     async def forget(connection: AsyncConnection) -> None:

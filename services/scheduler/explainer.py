@@ -1,4 +1,4 @@
-"""Finds out what a job waits for, from PostgreSQL and, if it can be reached, from Redis."""
+"""Finds out why a job waits, from PostgreSQL and, if it can be reached, from Redis."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _NO_REDIS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ExplainedJob:
-    """A job, what it waits for, and when it will be sent. `ahead` is None if it does not wait."""
+    """A job, why it waits, and when it will be sent. `ahead` is None if it does not wait."""
 
     job: JobRecord
     explanation: Explanation

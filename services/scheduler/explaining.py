@@ -17,7 +17,7 @@ MOST_AHEAD = 1_000_000
 
 
 class WaitReason(IntEnum):
-    """What a job waits for; the numbers are those of `outbox.v1`.
+    """The reason why a job waits, with the numbers of `outbox.v1`.
 
     The limits of a sender are implemented in look.lua, simulation.py, replay.py and queue_model.py:
     sender_limits.py has the list.
@@ -122,7 +122,7 @@ class Situation:
     claimed_for: timedelta | None = None
     # The sender waits because its user may have no more of a dispatcher's slots.
     parked: bool = False
-    # The same of the limits that the user has for all its senders. None means that it has none.
+    # The same for the user's limits on all its senders together. None means no such limits.
     user: UserSituation | None = None
     # When the sending hours begin again. None means that mail may be sent now.
     opens: datetime | None = None
@@ -334,8 +334,8 @@ def _explain_user(it: Situation, user: UserSituation) -> Explanation | None:
         return Explanation(WaitReason.USER_HOURLY_LIMIT, until, text)
     until = it.now + user.gap_left
     text = (
-        f"The gap after the last send of its user, by whichever sender, ends at {_at(until)}; then "
-        "its senders take turns."
+        f"The gap after the last send of its user, by any sender, ends at {_at(until)}; then its "
+        "senders take turns."
     )
     return Explanation(WaitReason.USER_GAP, until, text)
 

@@ -67,7 +67,7 @@ class Forecaster:
 
 
 class QuickForecaster:
-    """Forecasts small batches, those of many calls together, if that is quick."""
+    """Forecasts small batches, for many calls together, if that is quick."""
 
     def __init__(self, engine: AsyncEngine, rules: Rules) -> None:
         # A single statement needs no transaction around it.

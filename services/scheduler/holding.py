@@ -1,4 +1,4 @@
-"""Releases and cancels what is held after a restore, part by part."""
+"""Releases and cancels the mail that is held after a restore, part by part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.holds.storage import end_hold
 
-# What is not loaded within this time is loaded by the dispatchers.
+# Heads that are not loaded within this time are loaded by the dispatchers.
 _LOAD_LIMIT: Final = timedelta(seconds=10)
 # A call ends after this time, and the next one continues.
 _CANCEL_LIMIT_S: Final = 10.0

@@ -25,7 +25,7 @@ from outbox_server.shared.user_quotas import UserQuotas
 
 # A part takes up to 0.3 s more, and then heads are loaded.
 _TIME_S: Final = 1.0
-# What is not loaded within this time is loaded by the dispatchers.
+# Heads that are not loaded within this time are loaded by the dispatchers.
 _LOAD_LIMIT: Final = timedelta(seconds=0.5)
 
 _Part: TypeAlias = Callable[[AsyncConnection, JobFilter, JobPosition], Awaitable[ChangedJobs]]

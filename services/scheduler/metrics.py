@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 
 class SchedulerMetrics:
-    """Counts what was accepted."""
+    """Counts the accepted batches and jobs."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         """Register the metrics. Without a registry they are counted, but not shown."""

@@ -1,6 +1,6 @@
-"""Writes the new due times of batches that UpdateBatch has changed, also those of a dead scheduler.
+"""Writes the new due times of batches that UpdateBatch has changed.
 
-Runs in every scheduler. Only one of them works on a batch at a time.
+Runs in every scheduler. Only one of them works on a batch at a time. If it dies, another continues.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.loops import Loop
 
-# While batches are left, such as those of another scheduler.
+# The pause while batches are left, such as the batches of another scheduler.
 _BUSY: Final = timedelta(seconds=1)
-# Otherwise: a scheduler that died may have left a batch. A call in this process wakes the loop.
+# The pause otherwise. A scheduler that died may have left a batch. A call here wakes the loop.
 _IDLE: Final = timedelta(seconds=5)
 # How long a call waits for the new times.
 _CALL_LIMIT_S: Final = 1.0

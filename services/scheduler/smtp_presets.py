@@ -12,7 +12,7 @@ from outbox_server.shared.states import SmtpSecurity, requested_enum
 
 
 class SmtpPreset(IntEnum):
-    """A known provider; the numbers are those of `outbox.v1`."""
+    """A known provider, with its number in `outbox.v1`."""
 
     GMAIL = 1
     MICROSOFT365 = 2

@@ -19,7 +19,7 @@ _NO_PAUSE: Final = timedelta(0)
 
 @dataclass(frozen=True, slots=True)
 class Pauses:
-    """How long the loop waits, depending on what it found."""
+    """How long the loop waits after a fold, depending on its result."""
 
     # After deltas were folded, because more will follow.
     busy: timedelta = timedelta(seconds=1)

@@ -66,7 +66,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         request: stats_service_pb2.GetUserStatsRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_pb2.UserStats:
-        """Return the counts of one user, and those of one page of the user's senders."""
+        """Return the counts of one user, and of one page of the user's senders."""
         user_id = require_user(current_caller(), request.user_id)
         page = requested_page(request, "user_stats", user_id, start=(0,))
         async with storage.snapshot(self._engine) as connection:
@@ -79,7 +79,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         request: stats_service_pb2.ListEndpointStatsRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.ListEndpointStatsResponse:
-        """Return what happened lately at the endpoints of a user, or of all."""
+        """Return the recent counts at the endpoints of one user, or of all users."""
         caller = current_caller()
         everyone = caller.kind in (CallerKind.OPERATOR, CallerKind.LOCAL)
         user_id = (effective_user if everyone else require_user)(caller, request.user_id)

@@ -46,7 +46,7 @@ class SettingsUnknownError(FailedPrecondition):
 class AgreedRun:
     """One run of a service, with one state of the stored settings, until `stop` is set.
 
-    `agreed` is None while PostgreSQL could not tell them. Such a run only waits.
+    `agreed` is None if they could not be read from PostgreSQL. Such a run only waits.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AgreedRun:
         return UNKNOWN_KEY_SPACE if self.agreed is None else self.agreed.key_space
 
     def known(self, work: Sequence[Work]) -> Sequence[Work]:
-        """Return the work of a run that knows the settings, and nothing for one that waits."""
+        """Return `work`, or nothing if this run does not know the settings and only waits."""
         return work if self.agreed is not None else ()
 
     def bound(self, port: int) -> None:
@@ -140,9 +140,9 @@ class AgreedRun:
 
     @asynccontextmanager
     async def looking(self, engine: AsyncEngine) -> AsyncIterator[None]:
-        """Look for further changes also while the work of this run ends.
+        """Look for further changes while the work of this run ends.
 
-        The health check, which looks before, ends with `stop`.
+        Until then the health check looks for them. It ends with `stop`.
         """
 
         async def look() -> timedelta:
@@ -174,7 +174,7 @@ async def run_agreed(
 
     `given` is the environment's; an empty installation stores its values. `listen` is the name of
     the setting with the server's address. `ready` is called with the port of the first run, which
-    the later ones keep. `reads_only` is that of `AgreedRun`.
+    the later ones keep. `AgreedRun` explains `reads_only`.
 
     Raises:
         ConfigurationError: the environment contradicts the stored settings.
@@ -211,7 +211,7 @@ async def _run_until(
 async def _first_look(
     given: Settings, stop: asyncio.Event, *, reads_only: bool
 ) -> AgreedSettings | None:
-    """Return the stored settings; None if PostgreSQL cannot tell them yet, or `stop` is set.
+    """Return the stored settings; None if they cannot be read yet, or `stop` is set.
 
     Raises:
         ConfigurationError: the environment contradicts them, or the schema is too new.
@@ -234,7 +234,7 @@ async def _first_look(
 
 
 async def _read(engine: AsyncEngine, settings: Settings, *, reads_only: bool) -> AgreedSettings:
-    """Return the stored settings, or those of this process if there are none yet."""
+    """Return the stored settings, or the settings of this process if none are stored yet."""
     here = AgreedValues.from_settings(settings)
     if not reads_only:
         return await read_or_store(engine, here)

@@ -77,7 +77,7 @@ async def read_or_store(engine: AsyncEngine, values: AgreedValues) -> AgreedSett
     if found is not None:
         return found
     async with engine.begin() as connection:
-        # Of several processes that start at once, one stores its values.
+        # If several processes start at once, one of them stores its values.
         await connection.execute(insert(Stored).values(**_columns(values)).on_conflict_do_nothing())
         return _agreed((await connection.execute(select(*_COLUMNS))).one())
 
@@ -88,7 +88,7 @@ async def change_agreed(
     """Change stored settings within the caller's transaction, and record who did it.
 
     `wanted` has values by name. `defaults` are stored first on an empty installation.
-    The lock on the row waits for every mark under way, and every later one waits for the commit:
+    The lock on the row waits for all marks in progress. Later marks wait for the commit:
     `services.dispatcher.storage.marking`.
     """
     # All marks wait for this transaction, so it must not stay open if the network fails.

@@ -14,8 +14,8 @@ from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.settings import Settings, check_retention, format_duration
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
-# What Redis stores depends on these. A change of one begins a new key space, which is loaded from
-# PostgreSQL: what was counted by the old value says too little about the new one.
+# The data in Redis depends on these. A change of one begins a new key space, which is loaded from
+# PostgreSQL, because the counts of the old value do not suffice for the new one.
 KEYED: Final = ("shards", "rate_window", "min_gap", "user_hourly_limit", "user_gap")
 
 
@@ -54,7 +54,7 @@ class AgreedValues:
         return {name: getattr(self, name) for name in NAMES}
 
     def texts(self) -> dict[str, str]:
-        """Return the values as one writes them in the environment."""
+        """Return the values as texts for the environment."""
         return {name: text_of(value) for name, value in self.by_name().items()}
 
     def changed_from(self, other: AgreedValues) -> tuple[str, ...]:
@@ -94,10 +94,10 @@ NAMES: Final = tuple(field.name for field in fields(AgreedValues))
 
 @dataclass(frozen=True, slots=True)
 class AgreedSettings:
-    """The stored values, and the key space in Redis of what depends on them.
+    """The stored values, and the key space in Redis that belongs to them.
 
-    A key space is never used for other values. That of the first values has the empty name, which
-    is that of releases without stored values.
+    A key space is never used for other values. The key space of the first values has the empty
+    name, because releases without stored values use it.
     """
 
     values: AgreedValues
@@ -112,10 +112,10 @@ def variable_of(name: str) -> str:
 
 
 def text_of(value: Any) -> str:
-    """Return a value as one writes it in the environment."""
+    """Return a value as a text for the environment."""
     return format_duration(value) if isinstance(value, timedelta) else str(value)
 
 
 def texts_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return values as one writes them in the environment."""
+    """Return values as texts for the environment."""
     return {name: text_of(value) for name, value in values.items()}

@@ -97,7 +97,7 @@ class Findings:
     # By sender: the sends that PostgreSQL recorded, and those that the SMTP side saw, with times.
     recorded: dict[int, Replay]
     seen: dict[int, Replay] | None
-    # The settings that they were compared with, those of the installation among them.
+    # The settings that they were compared with, including the stored settings.
     settings: Settings
     # The same of each user with limits for all its senders together.
     users: list[UserReplays] = field(default_factory=list)

@@ -101,7 +101,7 @@ class JobTrace:
     recorded: int
     # Number of attempts that got a 250.
     sent: int
-    # Number of those whose reply shows that the audited SMTP side accepted the mail.
+    # Number of these whose reply shows that the audited SMTP side accepted the mail.
     sent_to_smtp_side: int
     # Number of attempts whose outcome is unknown (in doubt, or the lease expired).
     doubtful: int
@@ -140,7 +140,7 @@ class Delivery:
 
 def delivery_of(job: JobTrace, copies: int | None) -> Delivery:
     """Compare a job with the copies on the SMTP side; `copies` is None if that was not read."""
-    # A second recorded send is no explanation: it is the fault itself.
+    # A second recorded send does not explain a copy: it is the fault itself.
     sent_again = max(0, job.sent - 1)
     if copies is None:
         return Delivery(lost=False, duplicates=sent_again, unexplained=sent_again)

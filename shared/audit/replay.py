@@ -74,7 +74,7 @@ class Replay:
         self.shortest: float | None = None
 
     def add(self, start: float, end: float) -> None:
-        """Replay the next send. Its end must not be before that of the last one."""
+        """Replay the next send. It must not end before the last one."""
         inside = self._inside
         while inside and inside[0] <= end - self._window:
             inside.popleft()

@@ -26,7 +26,7 @@ class SenderCheck:
     sender: AuditedSender
     min_gap_s: float
     replay: Replay
-    # Whether the replay has the times of the SMTP side; otherwise it has those of PostgreSQL.
+    # Whether the replay has the times of the SMTP side. Otherwise it has the times of PostgreSQL.
     by_smtp_side: bool
 
     @property

@@ -10,7 +10,7 @@ from outbox_server.shared.smtp.reply_text import describe_reply
 
 @dataclass(frozen=True, slots=True)
 class CooldownRecord:
-    """Since when a sender's account has been refused, why, and when the next probe may begin.
+    """A sender's cooldown: when and why the account was refused, and when the next probe may begin.
 
     `smtp_code`, `enhanced_code` and `message` are the reply of the last refusal. If `smtp_code` is
     None, an OAuth 2.0 provider refused an access token. `refusals` counts the first refusal and the

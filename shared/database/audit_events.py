@@ -118,7 +118,7 @@ async def list_changes(
 
 
 async def erase_changes(connection: AsyncConnection, user_id: str, key: str) -> None:
-    """Remove what a user's events say about one recipient. That something was done stays.
+    """Remove the texts about one recipient from a user's events. The events themselves stay.
 
     `key` is the recipient's `address_key`.
     """

@@ -112,7 +112,7 @@ class PostgresConnection(psycopg.AsyncConnection[Any]):
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             answer = await self.execute(query, prepare=False)
         if answer.description is None:
-            # A pooler that loses its place answers with what another client asked for.
+            # A pooler that mixes up its clients passes on the answer to another client's statement.
             raise psycopg.OperationalError("the answer belongs to another statement")
         row = await answer.fetchone()
         await self.set_autocommit(False)
@@ -137,7 +137,7 @@ class PostgresConnection(psycopg.AsyncConnection[Any]):
             await super().cancel_safe(timeout=timeout)
 
     async def set_read_only(self, value: bool | None) -> None:
-        """Let transactions only read; False means what the server's default is.
+        """Let transactions only read. False means the server's default.
 
         After a snapshot, SQLAlchemy sets it to False, so that each transaction would ask for
         writes. A replica that is not promoted yet refuses that with an error of its own (0A000).
@@ -243,7 +243,7 @@ async def connect(
 def connect_directly(
     url: str, settings: Mapping[str, str] | None = None, *, autocommit: bool = False, **more: Any
 ) -> psycopg.Connection[Any]:
-    """Return a blocking connection to a session that lasts, as migrations need it.
+    """Return a blocking connection with a session of its own, which migrations need.
 
     `more` are parameters of libpq, in place of the URL's.
 

@@ -22,7 +22,7 @@ from outbox_server.shared.database.fair_pool import FairPool
 from outbox_server.shared.database.ownership import refuse_unbounded
 from outbox_server.shared.settings import Settings
 
-# A call waits this long for a lock, such as that of another call that changes the same sender.
+# A call waits this long for a lock, such as the lock of a call that changes the same sender.
 LOCK_TIMEOUT = timedelta(seconds=10)
 # PostgreSQL ends a transaction that sends nothing for so long: its host or network is gone.
 # Otherwise its locks would last for hours, and no event of any user is shown while a transaction
@@ -36,9 +36,9 @@ _LOST = (
     psycopg.errors.IdleInTransactionSessionTimeout,
 )
 
-# What work outside of calls may get from PostgreSQL and its driver. All of it is tried again: an
-# outage, but also a pooler that forgot a prepared statement, or a missing privilege or column. None
-# may end a process, because the next one would meet the same.
+# The errors of PostgreSQL and its driver that work outside of calls expects. It is tried again
+# after each of them: an outage, a pooler that forgot a prepared statement, a missing privilege or
+# column. None may end the process, because its successor would get the same error.
 DATABASE_ERRORS = (SQLAlchemyError, psycopg.Error, OSError)
 
 

@@ -71,7 +71,7 @@ class FrequentStatement:
 def _parameter(value: Any) -> Any:
     if isinstance(value, list):
         return array_text(value)
-    # A text has no type of its own: PostgreSQL takes that of the cast around it.
+    # A text has no type of its own: PostgreSQL takes the type of the cast around it.
     return str(value) if isinstance(value, int) else value
 
 

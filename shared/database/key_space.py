@@ -30,7 +30,7 @@ def is_key_space() -> ColumnElement[bool]:
 def is_locked_key_space() -> ColumnElement[bool]:
     """Return the same condition, which stays true until the end of the transaction.
 
-    A statement that reads an older snapshot sees the change that it has waited for all the same.
+    A statement with an older snapshot nevertheless sees the change that it has waited for.
     """
     locked = select(AgreedSettingsRow.key_space).with_for_update(read=True).cte("agreed")
     return _is_named(select(locked.c.key_space))

@@ -18,8 +18,8 @@ _OURS = re.compile(r"<outbox\.(\d{1,19})\.([A-Za-z0-9-]+)@[^>]*>")
 def message_id_for(job_id: int, address: str, installation_id: str) -> str:
     """Return the Message-ID of a job: the same for all its attempts, and globally unique.
 
-    Its domain is that of `address` (see `message_id_address`). Two installations may have equal job
-    ids, so `installation_id` (letters, digits, hyphens) is part of it. RFC 5322, 3.6.4.
+    It has the domain of `address` (see `message_id_address`). Two installations may have equal job
+    ids, so it also contains `installation_id` (letters, digits, hyphens). RFC 5322, 3.6.4.
     """
     if not _SAFE_ID.fullmatch(installation_id):
         raise ValueError(

@@ -84,8 +84,8 @@ def migrate(
 ) -> Migrated:
     """Bring the schema to `revision`, and return what changed; safe to run from many processes.
 
-    `say` is told about each step and each wait. `more_versions` is a folder with migrations that
-    follow those of this release; tests use it.
+    `say` gets a line about each step and each wait. `more_versions` is a folder of migrations that
+    run after the migrations of this release; tests use it.
 
     Raises:
         ConfigurationError: the schema is newer, and no longer has what this release uses; or the

@@ -29,7 +29,7 @@ def create_index_concurrently(
     """Build an index while the table is read and written. It must be a migration of its own.
 
     It runs outside of a transaction. An index that an interrupted run left behind is invalid: it
-    is dropped and built again. `options` are those of `op.create_index`.
+    is dropped and built again. `options` are passed to `op.create_index`.
     """
     with _outside_of_a_transaction():
         valid = op.get_bind().scalar(_VALID, {"name": name})

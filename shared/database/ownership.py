@@ -66,7 +66,7 @@ def _bind(user_id: str | None) -> None:
 def refuse_unbounded(engine: AsyncEngine) -> None:
     """Refuse every statement of a call that is not bound to its user yet.
 
-    Work outside of calls (folding, healing, the look-up of keys) is not checked. Tasks that calls
+    Work outside of calls (folding, recovery, the look-up of keys) is not checked. Tasks that calls
     share must be started outside of calls: a task belongs to the call that starts it.
     """
     event.listen(engine.sync_engine, "before_execute", _check)

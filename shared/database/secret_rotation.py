@@ -1,7 +1,8 @@
 """Re-encrypts the stored secrets of endpoints with the newest key, one chunk per transaction.
 
-The secrets are SMTP passwords, the secrets and tokens of OAuth 2.0, and those of webhooks. Secrets
-that already use the newest key do not change, so an interrupted rotation can be started again.
+The secrets are SMTP passwords, the secrets and tokens of OAuth 2.0, and the secrets of webhooks.
+Secrets that already use the newest key do not change, so an interrupted rotation can be started
+again.
 """
 
 from __future__ import annotations

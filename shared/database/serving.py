@@ -1,4 +1,4 @@
-"""Checks that PostgreSQL serves this release: a statement that works only if its own would.
+"""Checks that PostgreSQL serves this release, by a statement that needs all that others need.
 
 It names every column that this release uses and updates no row. So it fails on a read-only server,
 without a table, column or privilege, and it costs no more than its plan.

@@ -87,7 +87,7 @@ async def forecast_batch(
     The connection must use one snapshot. The caller has checked the owner of the batch.
     """
     pace = await read_pace(connection, sender_id, rules)
-    # If new mail is not held, neither is that of any batch.
+    # If new mail is not held, no batch is held.
     held = pace.held and await is_batch_held(connection, sender_id, batch_id)
     pace = replace(pace, held=held)
     if batch_id in pace.pauses and pace.pauses[batch_id] is None:
@@ -161,8 +161,8 @@ async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
         held=pace.held,
         cooldown=pace.cooldown,
     )
-    # Limit.PAUSE: without an end, the time at which a paused sender resumes is unknown; that of a
-    # release is, too.
+    # Limit.PAUSE: without an end, nobody knows when a paused sender resumes. Nobody knows either
+    # when held mail is released.
     if not jobs or not pace.active or pace.held:
         return known
     # Limit.USER_WINDOW, Limit.USER_GAP

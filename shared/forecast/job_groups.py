@@ -10,8 +10,8 @@ from typing import Final
 from outbox_server.shared.forecast.simulation import JobGroup
 
 # The largest number of overlapping groups that are merged exactly. The work is this number times
-# that of all groups. If more overlap, the mails of each of the smallest groups are assumed to be
-# due at once.
+# the number of all groups. If more overlap, the mails of each of the smallest groups are assumed
+# to be due at once.
 _MOST_OVERLAPPING: Final = 300
 # The largest product of both numbers. Merging then takes about 0.2 s.
 _MOST_MERGING: Final = 300_000

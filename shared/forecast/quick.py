@@ -121,7 +121,7 @@ _STATEMENT: Final = _statement()
 async def read_quick(
     connection: AsyncConnection, sender_ids: Sequence[int], rules: Rules
 ) -> dict[int, QuickBacklog]:
-    """Return what the forecasts of these senders need, from one snapshot."""
+    """Return the input of these senders' forecasts, from one snapshot."""
     values = {"senders": list(sender_ids), "window": rules.window, "lease": rules.lease}
     return {row.id: _backlog_of(row, rules) for row in await connection.execute(_STATEMENT, values)}
 

@@ -189,7 +189,7 @@ class _Simulation:
     """The state after the sends so far."""
 
     def __init__(self, limiter: Limiter, now: int, since: int, most_work: int) -> None:
-        """`since` is the time from which on `spent` is counted."""
+        """Begin at `now`. `spent` counts the time after `since`."""
         self._now = now
         self._since = since
         self._limit = limiter.limit

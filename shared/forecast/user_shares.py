@@ -33,9 +33,9 @@ class UserLimiter:
 
 @dataclass(frozen=True, slots=True)
 class SharedLimiter:
-    """The limits of a sender and its share of its user's, as those of one sender.
+    """The limits of a sender and its share of its user's limits, as the limits of one sender.
 
-    `bounds` has what the gap and the window of `limiter` stand for.
+    `bounds` says which limit the gap and the window of `limiter` represent.
     """
 
     limiter: Limiter
@@ -66,12 +66,12 @@ def share_of(own: Limiter, user: UserLimiter | None) -> SharedLimiter:
 
 
 def _with_window(own: Limiter, user: UserLimiter) -> tuple[Limiter, bool]:
-    """Apply the window of the user: of its sends, every n-th is one of the sender."""
+    """Apply the window of the user, in which every n-th send belongs to this sender."""
     share = max(1, user.limit // user.senders)
     limit = min(own.limit, share)
     before, others = _Ends(own.sent), _Ends(user.sent)
-    # The k-th next send begins a window after the later of two ends: that of the sender's own send
-    # `own.limit` places before, and that of the user's send `user.limit` places before.
+    # The k-th next send begins one window after the later of two ends: the end of the sender's own
+    # send `own.limit` places before, and the end of the user's send `user.limit` places before.
     every = -(-limit // _MOST_ENTRIES)
     places = sorted({*range(1, limit + 1, every), limit})
     binds, entries = share < own.limit, []
@@ -84,7 +84,7 @@ def _with_window(own: Limiter, user: UserLimiter) -> tuple[Limiter, bool]:
 
 
 def _with_gap(own: Limiter, user: UserLimiter) -> tuple[Limiter, bool]:
-    """Apply the gap of the user: between two sends of the sender, the others send one each."""
+    """Apply the gap of the user: between two sends of a sender, each other sender sends once."""
     between = user.senders * (user.gap + own.takes) - own.takes
     free = None if user.last_end is None else user.last_end + user.gap
     return _with_longer_gap(own, between, free), between > own.gap

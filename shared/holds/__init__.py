@@ -1,1 +1,1 @@
-"""What is sent, and what is not, while an installation is held after a restore."""
+"""The hold of an installation after a restore: its row, and the mail that may be sent meanwhile."""

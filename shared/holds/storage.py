@@ -21,14 +21,14 @@ class HoldRecord:
 
     held_at: datetime
     reason: HoldReason
-    # What was found, in a sentence for operators.
+    # Why the hold began, in a sentence for operators.
     detail: str
 
 
 async def begin_hold(connection: AsyncConnection, reason: HoldReason, detail: str) -> bool:
     """Hold the installation, within the caller's transaction. Return False if it is held already.
 
-    What is SENDING now is remembered: if its lease expires, it waits again and is held.
+    Jobs that are SENDING now are remembered: if the lease of one expires, it waits and is held.
     """
     made = await connection.scalar(
         insert(HoldRow)
@@ -38,7 +38,7 @@ async def begin_hold(connection: AsyncConnection, reason: HoldReason, detail: st
     )
     if made is None:
         return False
-    # What a hold in the restored data has left.
+    # Rows of an earlier hold in the restored data.
     await connection.execute(delete(HoldRelease))
     await connection.execute(delete(HeldSend))
     sending = select(EmailJob.id).where(in_state(JobState.SENDING))
@@ -56,7 +56,7 @@ async def read_hold(connection: AsyncConnection, *, lock: bool = False) -> HoldR
 
 
 async def end_hold(connection: AsyncConnection) -> None:
-    """End the hold: everything that waits may be sent."""
+    """End the hold: all waiting mail may be sent."""
     for table in (HoldRelease, HeldSend, HoldRow):
         await connection.execute(delete(table))
 

@@ -1,4 +1,4 @@
-"""Reads what the mails of a batch share."""
+"""Reads the data that all mails of a batch share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outbox_server.shared.templates.head import NO_HEAD, HeadTexts
 
 @dataclass(frozen=True, slots=True)
 class BatchContent:
-    """What the mails of a batch share, and the endpoint that they use."""
+    """The data that all mails of a batch share, and the endpoint that they use."""
 
     batch_id: int
     user_id: str
@@ -79,7 +79,7 @@ _OF_SENDER: Final = (
 async def read_unstored(
     connection: AsyncConnection, sender_id: int, **of_batch: Any
 ) -> BatchContent | None:
-    """Return what the mails of a batch would share that is not stored.
+    """Return the data that the mails of a batch would share if it were stored.
 
     `of_batch` are the fields that a stored batch has itself. None means that there is no such
     sender; the caller has checked its owner.

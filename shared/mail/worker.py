@@ -24,7 +24,7 @@ from outbox_server.shared.templates.worker import (
 
 
 class MailRequest(NamedTuple):
-    """What a mail is built from. Decoded, a tuple is a list."""
+    """The parts of a mail. A tuple is a list after decoding."""
 
     subject: str | None
     body: str | None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-# A call of a method that the server does not have. Its name is the caller's, so it is no label.
+# The label of a call of an unknown method. Its name is the caller's text, so it cannot be a label.
 UNKNOWN_METHOD = "unknown"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class CallMetrics:
-    """Counts calls. The methods are those of the server, so their number is bounded."""
+    """Counts calls by method. Only methods of the server are labels, so their number is bounded."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(

@@ -39,7 +39,7 @@ class MetricsEndpoint:
         """Check the address.
 
         Raises:
-            ConfigurationError: OUTBOX_METRICS_LISTEN is no `host:port`.
+            ConfigurationError: OUTBOX_METRICS_LISTEN is not `host:port`.
         """
         check_listen_address(VARIABLE, listen, example="0.0.0.0:9464")
         self._listen = listen

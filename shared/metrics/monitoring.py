@@ -1,4 +1,4 @@
-"""What an operator watches a process by: its metrics, and the endpoint that serves them."""
+"""The metrics of a process, and the endpoint that serves them to an operator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Monitoring:
         """Register what all services have. `service` is a label: scheduler, dispatcher or stats.
 
         Raises:
-            ConfigurationError: OUTBOX_METRICS_LISTEN is no `host:port`.
+            ConfigurationError: OUTBOX_METRICS_LISTEN is not `host:port`.
         """
         # A second sample with the start time of each counter, which nothing here uses.
         disable_created_metrics()  # type: ignore[no-untyped-call]

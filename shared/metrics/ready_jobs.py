@@ -40,7 +40,7 @@ class ReadyJobsCollector(Collector):
         return self._families(None, None, None)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Return what the last `refresh` found."""
+        """Return the results of the last `refresh`."""
         found = self._found
         if found is None:
             return self.describe()

@@ -38,7 +38,7 @@ LAST_PAUSE: Final = timedelta(minutes=1)
 _WRITE_LIMIT_S: Final = 60.0
 _WRITE_PAUSE_S: Final = 0.5
 # How long to wait for another process's request, and the first and the longest pause between two
-# looks at it: a provider that hangs does so for many senders at once.
+# reads of its state. The pauses grow, because a provider that hangs does so for many senders.
 _WAIT_LIMIT_S: Final = LEASE.total_seconds() + 5
 _WAIT_PAUSE_S: Final = 0.1
 _LONGEST_WAIT_PAUSE_S: Final = 1.0

@@ -51,7 +51,7 @@ class LeasedCredentials:
 
 
 async def read_token(connection: AsyncConnection, credentials_id: int) -> StoredToken | None:
-    """Return what is stored; None if these credentials were replaced or deleted."""
+    """Return the stored token; None if these credentials were replaced or deleted."""
     row = (
         await connection.execute(
             select(

@@ -1,1 +1,1 @@
-"""Quotas: what one user may use, by default and by the override of an operator."""
+"""Quotas: the most that one user may have, by default or by an operator's override."""

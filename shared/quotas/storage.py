@@ -78,7 +78,7 @@ class UserUsage:
 
 
 async def read_usage(connection: AsyncConnection, user_id: str) -> UserUsage:
-    """Return what a user has now. Jobs that are being sent count as waiting."""
+    """Return the current numbers of a user. Jobs that are being sent count as waiting."""
     stored = owned_by(select(UserRow.stored_rejections_count), UserRow.user_id, user_id)
     return UserUsage(
         waiting_jobs=(await user_counts(connection, user_id)).open,

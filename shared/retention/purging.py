@@ -1,4 +1,4 @@
-"""Removes what is older than OUTBOX_RETENTION, a few rows at a time.
+"""Removes rows that are older than OUTBOX_RETENTION, a few at a time.
 
 The stats service runs it beside the fold of the counts: no caller and no mail waits for that
 process. `outbox purge` runs the same pass once.
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # The number of jobs that one transaction removes, with their attempts.
 CHUNK: Final = 1_000
-# Between two passes. Nobody waits for a removal.
+# The pause between two passes. Nobody waits for a removal.
 INTERVAL: Final = timedelta(minutes=10)
 # After each transaction, a pause as long as the transaction took, and at least this. So a removal
 # uses at most half of one connection's time, and less when PostgreSQL is busy.
@@ -68,14 +68,14 @@ class Purger:
         self._loop = Loop("purging", self._step, errors=DATABASE_ERRORS, retry=_RETRY)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Make a pass now and then, until `stop` is set."""
+        """Make a pass at regular intervals, until `stop` is set."""
         await self._loop.run(stop)
 
     async def _step(self) -> timedelta:
         try:
             removed = await self.purge_once()
         except RemovalBusy:
-            # Another replica is at it.
+            # Another process is removing rows already.
             return INTERVAL
         if removed != PurgedRows():
             _log.info(
@@ -88,7 +88,7 @@ class Purger:
         return INTERVAL
 
     async def purge_once(self) -> PurgedRows:
-        """Remove everything that is old now, in small transactions. Return how much that was.
+        """Remove all rows that are old now, in small transactions. Return their numbers.
 
         Raises:
             RemovalBusy: another process is removing rows.

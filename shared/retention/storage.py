@@ -1,8 +1,8 @@
 """All SQL of retention: removes old rows in small transactions, and counts them beforehand.
 
-Every transaction holds one advisory lock, so that of all processes one removes at a time, and the
-lock ends with the transaction, also when the process dies. Rows that another transaction has locked
-are skipped, so nothing waits for a removal, and a removal waits for nothing.
+Every transaction holds one advisory lock, so that only one process removes rows at a time. The lock
+ends with the transaction, also when the process dies. Rows that another transaction has locked are
+skipped, so nothing waits for a removal, and a removal waits for nothing.
 
 A finished job is removed with its attempts. The condition on its attempts matters if the batch was
 cancelled while a mail of it was being sent: that attempt ended after the job's `finished_at`. The
@@ -49,7 +49,7 @@ from outbox_server.shared.states import PURGEABLE
 
 # Any constant.
 _ADVISORY_LOCK: Final = 7_402_311_916
-# A removal waits for no lock of a row. This is for locks on whole tables, as of a migration.
+# A removal waits for no row lock. This limit is for locks on whole tables, such as a migration's.
 _LOCK_LIMIT: Final = "1s"
 BEGINNING: Final = datetime(1, 1, 1, tzinfo=UTC)
 _KEY: Final = ("batch_id", "sender_id", "hour", "state")
@@ -91,7 +91,7 @@ def _before() -> ColumnElement[datetime]:
 
 
 def _old_jobs() -> ColumnElement[bool]:
-    """Return the condition of a job that may be removed. Its first part is that of the index."""
+    """Return the condition of a job that may be removed. Its first part matches the index."""
     # The states are part of the statement's text: see shared/database/counts.py, `in_state`.
     states = [literal(state, Integer, literal_execute=True) for state in PURGEABLE]
     late = (
@@ -216,7 +216,7 @@ async def remove_batches(
 
 
 async def _is_old(connection: AsyncConnection, time: datetime, older_than: timedelta) -> bool:
-    """Return whether batches after this one may be old. Ids follow the times, but for uploads."""
+    """Return whether batches after this one may be old. Ids follow the times, except of uploads."""
     return bool(await connection.scalar(select(time < _before()), {"older_than": older_than}))
 
 

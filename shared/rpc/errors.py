@@ -1,6 +1,6 @@
 """Maps exceptions to a status code with `google.rpc` details (AIP-193).
 
-Only this module knows both our errors and those of the drivers. Any other exception becomes
+Only this module knows both our errors and the drivers' errors. Any other exception becomes
 INTERNAL, without its text, with an incident id that is also in the log.
 """
 
@@ -89,7 +89,7 @@ def build_status(
 
 
 def status_of(error: BaseException) -> Status:
-    """Return the status for `error`; for a group, that of its first known member.
+    """Return the status for `error`; for a group, the status of its first known member.
 
     An unknown error gives INTERNAL with reason INTERNAL and `incident` in its metadata.
     """

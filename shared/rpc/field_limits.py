@@ -23,7 +23,7 @@ from outbox_server.shared.message_size import utf8_size
 
 
 class LimitUnit(Enum):
-    """What a limit counts."""
+    """The unit that a limit counts."""
 
     CHARACTERS = "characters"
     BYTES = "bytes"

@@ -44,8 +44,8 @@ _OPTIONS: Final = (
     # Anyone in the network may call: a request is a name, and a connection needs few streams.
     ("grpc.max_receive_message_length", 1024),
     ("grpc.max_concurrent_streams", _STREAMS),
-    # Idle connections, and those whose handshake or call does not end, are closed soon: their
-    # places are needed.
+    # Idle connections, and connections whose handshake or call does not end, are closed soon,
+    # because their places are needed.
     ("grpc.settings_timeout", 5_000),
     ("grpc.max_connection_age_ms", 60_000),
     ("grpc.max_connection_age_grace_ms", 5_000),

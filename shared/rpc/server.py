@@ -71,7 +71,7 @@ class ServiceBinding:
 
     name: str
     add: Callable[[grpc.aio.Server], None]
-    # The places of methods that do not share those of all calls, by the method's name.
+    # By the method's name: places for methods that do not use the common places of all calls.
     shares: Mapping[str, FairShares] = field(default_factory=dict)
 
 

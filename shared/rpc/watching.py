@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 # The time between two reads: a change is seen within this and the duration of the statement.
 PAUSE: Final = timedelta(milliseconds=250)
-# How many watches of one user are read at a time, so that those of others are not late. A user with
-# more of them sees changes later.
+# How many watches of one user are read at a time, so that other users' watches are not late. A user
+# with more watches sees changes later.
 USER_READ: Final = 50
 
 

@@ -54,7 +54,7 @@ class Endpoint:
         Some servers quote the command that they refuse, and AUTH contains the password.
         """
         if self.password:
-            # Also a part of it: a server that quotes a long line often cuts it.
+            # Parts of the password are hidden too: a server that quotes a long line often cuts it.
             text = redact(text, self._secrets(), "[password]")
         return text[:_MAX_REPLY_TEXT].replace("\x00", "").encode("utf-8", "replace").decode()
 

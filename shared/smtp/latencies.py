@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-# From 1 ms to 17 min; what is shorter or longer is in the first or the last one.
+# From 1 ms to 17 min. Shorter latencies are in the first bucket, longer ones in the last.
 BUCKETS: Final = 80
 _PER_DOUBLING: Final = 4
 

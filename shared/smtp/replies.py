@@ -42,9 +42,9 @@ _ENHANCED_QMAIL: Final = re.compile(rf"\(#({_ENHANCED})\)")
 class Reply:
     """One reply, and the step of the session that it answers.
 
-    `enhanced_code` is a status code of RFC 3463, such as `5.4.5`; None means that the reply has
-    none. `text` is the reply without its codes. `earlier_mails` counts the mails that were begun on
-    this connection before the present one.
+    `enhanced_code` is a status code of RFC 3463, such as `5.4.5`, or None. `text` is the reply
+    without its codes. `earlier_mails` counts the mails that were begun on this connection before
+    the present one.
     """
 
     phase: Phase
@@ -56,7 +56,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a reply means.
+    """The meaning of a reply.
 
     `daily` means that a daily quota is used up: no probe is sent before the oldest mail of the last
     24 hours has left them. `rule` is the name of the rule that matched; empty means that the code

@@ -19,9 +19,9 @@ class MalformedReply(Exception):
 
 
 class WireReply(NamedTuple):
-    """A reply as the server sent it. The code of a reply of several lines is that of the last one.
+    """A reply as the server sent it. If it has several lines, the last line gives the code.
 
-    The properties say whether the protocol goes on (RFC 5321, 4.2.1: the first digit of a code
+    The properties say whether the protocol continues (RFC 5321, 4.2.1: the first digit of a code
     decides, whether the code is known or not). `shared.smtp.replies` decides what a refusal means.
     """
 

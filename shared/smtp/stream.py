@@ -23,11 +23,11 @@ class ConnectionLost(OSError):
 
 
 class SmtpStream(asyncio.Protocol):
-    """One connection, to which one listener at a time listens: a callback, or a task that waits.
+    """One connection with one listener at a time: a callback, or a task that waits.
 
-    A listener has a limit in seconds, which it sets anew for each reply, and a deadline that may
+    A listener has a limit in seconds, which it sets again for each reply, and a deadline that may
     move. All limits of a connection share one timer, which is set again only when it fires early.
-    A timer per wait would cost more than everything else that is done for a reply.
+    A timer per wait would cost more than all other work for a reply.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ def open_tracer(settings: Settings, service: str) -> Tracer | None:
     """Return the tracer of a service; None without OUTBOX_TRACES_ENDPOINT.
 
     Raises:
-        ConfigurationError: the endpoint is no URL of a gRPC server.
+        ConfigurationError: the endpoint is not the URL of a gRPC server.
     """
     endpoint = settings.traces_endpoint
     if not endpoint:

@@ -63,7 +63,7 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     async def close(self) -> None:
-        """Export what is left, for at most a few seconds."""
+        """Export the remaining spans, for at most a few seconds."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def flush() -> None:
@@ -146,7 +146,7 @@ class SendSpan:
     def __init__(self, span: Span, *, server_texts: bool) -> None:
         self._span = span
         self._server_texts = server_texts
-        # What the log lines of the send name.
+        # The same ids as in the log lines of the send.
         self.trace_id = _trace_id(span)
 
     def ended(

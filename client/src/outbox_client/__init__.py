@@ -1,6 +1,6 @@
 """Client of Outbox, the e-mail scheduling backend: `AsyncClient` for asyncio, `Client` for threads.
 
-The messages are those of the contract, generated: `from outbox.v1.batch_pb2 import BatchOptions`.
+The messages are generated from the protos: `from outbox.v1.batch_pb2 import BatchOptions`.
 """
 
 from outbox_client._async.client import AsyncClient, is_open

@@ -1,4 +1,4 @@
-"""What a call that failed says: an exception by status code, with all of `google.rpc`'s details."""
+"""The errors of calls: an exception class per status code, with all of `google.rpc`'s details."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ class Aborted(CallError):
 
 
 class Unavailable(CallError):
-    """No server answers, or what it needs is away. What the call was to change may be changed."""
+    """No server answers, or it cannot reach a store. The call may still have had its effect."""
 
 
 class DeadlineExceeded(CallError):
-    """No answer in time. What the call was to change may be changed."""
+    """No answer in time. The call may still have had its effect."""
 
 
 class Unimplemented(CallError):

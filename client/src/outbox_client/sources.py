@@ -1,4 +1,4 @@
-"""What an upload may be made from, and how it becomes chunks of CSV. Memory does not grow with it.
+"""The sources of an upload, and their conversion to chunks of CSV, in bounded memory.
 
 Takes a path, bytes, a binary file, an iterable (with asyncio also an asynchronous one) of bytes or
 of rows, or a table with `to_csv` (pandas) or `write_csv` (polars).
@@ -52,7 +52,7 @@ Rows: TypeAlias = "BlockingRows | AsyncIterable[bytes] | AsyncIterable[Row]"
 class UploadProgress:
     """How far an upload is. A try that is repeated begins again at zero."""
 
-    # What was read and handed to the connection.
+    # The bytes that were read and passed to the connection.
     sent_bytes: int
     # How many bytes there are; None: nobody knows before the end.
     total_bytes: int | None
@@ -87,7 +87,7 @@ def source_of(rows: Any) -> Source:
     """
     if isinstance(rows, str | os.PathLike):
         path = Path(rows)
-        # The size of a pipe says nothing, and what was read of it is gone.
+        # The size of a pipe is unknown, and it cannot be read twice.
         return Source(
             lambda: path.open("rb"),
             size=path.stat().st_size if path.is_file() else None,
@@ -137,7 +137,7 @@ def _written(table: Any) -> Iterator[BinaryIO]:
 
 
 class Chunks:
-    """Gathers what a source yields into chunks of a good size, rows as CSV, and counts."""
+    """Joins the items of a source to chunks of a good size, rows as CSV, and counts them."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -168,7 +168,7 @@ class Chunks:
             yield from self.rest()
 
     def rest(self) -> Iterator[bytes]:
-        """Yield what is left."""
+        """Yield the remaining bytes."""
         data = self._buffer.getvalue()
         self._buffer = io.BytesIO()
         for start in range(0, len(data), CHUNK_BYTES):
@@ -176,7 +176,7 @@ class Chunks:
 
 
 class _Table:
-    """Rows as CSV. Their columns are those of the first."""
+    """Rows as CSV, with the columns of the first row."""
 
     def __init__(self, columns: list[Any]) -> None:
         self._columns = columns

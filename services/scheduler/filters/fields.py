@@ -1,4 +1,4 @@
-"""Checks a filter against the fields of a list, and tells what it implies."""
+"""Checks a filter against the fields of a list, and finds out what it implies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Value: TypeAlias = int | str | datetime | None
 
 
 class FieldKind(Enum):
-    """What a field holds, in the words of an error message."""
+    """The kind of a field's values, in the words of an error message."""
 
     STATE = "a state"
     ID = "an id"
@@ -208,7 +208,7 @@ def required_value(tree: Filter | None, field: str) -> tuple[bool, Value]:
 
 
 def possible_values(tree: Filter | None, field: str, values: frozenset[int]) -> frozenset[int]:
-    """Return those of `values` that a match can have in `field`, a state."""
+    """Return the `values` that the state `field` of a matching resource can have."""
     if tree is None:
         return values
     return frozenset(value for value in values if _may_match(tree, field, value)[0])

@@ -226,7 +226,7 @@ class _Parser:
         return word[0] if word and word[0] in _KEYWORDS else ""
 
     def _next(self) -> str:
-        """Return what is at the current place, for an error."""
+        """Return the text at the current position, for an error."""
         word = _WORD.match(self._text, self._at)
         return word[0] if word else self._text[self._at : self._at + 1] or "the end"
 

@@ -55,7 +55,7 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
     async def GetHold(
         self, request: hold_service_pb2.GetHoldRequest, context: Context
     ) -> hold_pb2.Hold:
-        """Return the hold, and what it holds."""
+        """Return the hold, and the numbers of the jobs that it holds."""
         return await self._read(_filter(request.filter))
 
     async def BeginHold(
@@ -130,7 +130,7 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
 
 
 def _made(answer: M, given: hold_pb2.HeldFilter, which: HeldFilter) -> Made[M]:
-    """Return what the audit log learns: which jobs, and what happened to them."""
+    """Return the values for the audit log: which jobs, and what happened to them."""
     return Made(
         answer,
         user_id=which.user_id,

@@ -80,7 +80,7 @@ def to_attempt(job_id: str, record: PastAttempt) -> email_job_pb2.Attempt:
 def to_explanation(
     found: ExplainedJob, installation_id: str
 ) -> email_job_service_pb2.ExplainEmailJobResponse:
-    """Return the proto of an explanation: what a job waits for."""
+    """Return the proto of an explanation why a job waits."""
     explanation, send_time = found.explanation, found.send_time
     return email_job_service_pb2.ExplainEmailJobResponse(
         email_job=to_job(found.job, installation_id),

@@ -165,7 +165,7 @@ def _audited(record: storage.UserRecord) -> dict[str, Any]:
 
 
 def _paths(user: user_pb2.User, mask: FieldMask | None) -> Iterable[str]:
-    """Return the fields to change: those of the mask or, without a mask, those that are set."""
+    """Return the fields to change: the fields of the mask or, without a mask, all that are set."""
     if mask is None or not mask.paths:
         given = [path for path, name in _QUOTA_PATHS.items() if _is_set(user.quotas, name)]
         given += [path for path in _LIMIT_PATHS if _is_set(user.limits, _field_of(path))]

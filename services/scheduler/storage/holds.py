@@ -1,4 +1,4 @@
-"""The statements that show, release and cancel what is held."""
+"""The statements that show, release and cancel held mail."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class HeldSenderRecord:
 
 @dataclass(frozen=True, slots=True)
 class HeldJobs:
-    """What is held: by state and age, and the senders with the most."""
+    """The held jobs by state and age, and the senders with the most of them."""
 
     groups: Sequence[HeldGroupRecord]
     senders: Sequence[HeldSenderRecord]
@@ -127,7 +127,7 @@ def _held(which: HeldFilter) -> Subquery:
 
 
 async def read_held(connection: AsyncConnection, which: HeldFilter) -> HeldJobs:
-    """Return what is held. The connection must be a snapshot. It reads every waiting job."""
+    """Count the held jobs. The connection must be a snapshot. Every waiting job is read."""
     held = _held(which)
     ahead = held.c.scheduled_at - func.statement_timestamp()
     age = case(
@@ -218,7 +218,7 @@ async def request_loads(connection: AsyncConnection, which: HeldFilter) -> tuple
 
 
 async def add_release(connection: AsyncConnection, which: HeldFilter) -> None:
-    """Release what matches, also what is accepted later."""
+    """Release all mail that matches, also mail that is accepted later."""
     await connection.execute(
         insert(HoldRelease).values(
             user_id=which.user_id,

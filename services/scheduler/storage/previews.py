@@ -1,4 +1,4 @@
-"""Reads what the mail of one job is built from."""
+"""Reads the stored parts of the mail of one job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from outbox_server.shared.mail.content import BatchContent, read_batches
 
 @dataclass(frozen=True, slots=True)
 class JobContent:
-    """The row of a job, and what it shares with its batch. An erased recipient is empty."""
+    """The row of a job, and the data of its batch. An erased recipient is empty."""
 
     job_id: int
     recipient: str

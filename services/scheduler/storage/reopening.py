@@ -71,8 +71,8 @@ async def retry_failed(
     """Move failed jobs back to SCHEDULED, due now, with all their retries.
 
     Each `chunk` of a batch has its own transaction. If the call is interrupted, the caller can
-    simply repeat it. Jobs of cancelled batches and of deleted senders are left alone. `quotas` are
-    those of users without overrides; None means no quotas. `record` records a chunk that has moved
+    simply repeat it. Jobs of cancelled batches and of deleted senders are left alone. `quotas` has
+    the default quotas of a user; None means no quotas. `record` records a chunk that has moved
     jobs, in its transaction.
 
     Raises:

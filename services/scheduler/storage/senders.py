@@ -202,7 +202,7 @@ async def lock_sender(
 ) -> SenderRecord | None:
     """Lock a sender's row and return it; None if it is missing or belongs to another user.
 
-    The lock is FOR NO KEY UPDATE, as that of an UPDATE. A stronger one would wait for uploads,
+    The lock is FOR NO KEY UPDATE, the lock of an UPDATE. A stronger one would wait for uploads,
     because an open intake holds a key share lock on the row.
     """
     statement = owned_by(

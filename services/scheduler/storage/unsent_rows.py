@@ -25,7 +25,7 @@ _UNSENT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class UnsentRow:
-    """What a job's mail is built from."""
+    """The stored parts of a job's mail."""
 
     job_id: int
     row_number: int

@@ -1,12 +1,12 @@
 """Finds the jobs that match a filter, with a bounded number of rows read per call.
 
 A walk goes through the batches of a user in the order of their ids, and through the jobs of each
-in the same order, by indexes on columns that never change. What matches is decided row by row. So
+in the same order, by indexes on columns that never change. The filter is applied row by row. So
 any filter may be used, and none can make a call read more than ROWS_READ rows: a walk that has
 read so many ends, and says where the next one continues. A page may then be short, or empty.
 
-A batch that has no job in any of the wanted states is left out, by its counts. Jobs in FAILED and
-UNCERTAIN have an index of their own, as have those of `short_walks`.
+The counts of a batch tell whether it has jobs in a wanted state; other batches are left out. Jobs
+in FAILED and UNCERTAIN have an index of their own, and so do the jobs of `short_walks`.
 """
 
 from __future__ import annotations

@@ -232,8 +232,8 @@ async def read_user(
 ) -> UserStats:
     """Return the stats of one user, and of its first `limit` senders after `after_sender_id`.
 
-    Deleted senders are included, so that the counts of all senders add up to those of the user. The
-    connection must be a `snapshot`.
+    Deleted senders are included, so that the counts of all senders add up to the counts of the
+    user. The connection must be a `snapshot`.
     """
     statement = owned_by(
         select(Sender.id, Sender.email)

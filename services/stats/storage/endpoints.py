@@ -1,4 +1,4 @@
-"""Reads what the running dispatchers have lately counted at SMTP endpoints."""
+"""Reads the recent counts of the running dispatchers at SMTP endpoints."""
 
 from __future__ import annotations
 

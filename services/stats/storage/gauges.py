@@ -1,4 +1,4 @@
-"""Reads what the metrics show: the unfolded deltas, and the senders that cool down."""
+"""Reads the numbers of the metrics: the unfolded deltas, and the senders that cool down."""
 
 from __future__ import annotations
 

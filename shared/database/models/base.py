@@ -26,7 +26,7 @@ class Base(DeclarativeBase):
 
 
 def time_and_sequence(sequence: str) -> TextClause:
-    """Return the default of an id that is no secret: ms since 1970, then 21 bits.
+    """Return the default of an id that is not secret: ms since 1970, then 21 bits.
 
     A failover or a restore may set the sequence back, but then the time differs. The processes that
     used a lost row must not find another one under its id.

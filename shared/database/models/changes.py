@@ -1,4 +1,4 @@
-"""The tables of what calls and operators changed."""
+"""The tables of the changes that calls and operators made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AuditEvent(Base):
     # Who asked for it and why, in the caller's words. May be empty.
     identity: Mapped[str] = mapped_column(Text, server_default="")
     reason: Mapped[str] = mapped_column(Text, server_default="")
-    # What was done, such as `settings.set` or `UpdateSender`, and to what. The target may be empty.
+    # The action, such as `settings.set` or `UpdateSender`, and its target, which may be empty.
     action: Mapped[str] = mapped_column(Text)
     target: Mapped[str] = mapped_column(Text, server_default="")
     # The user that owns the target. NULL means that none does.
@@ -62,7 +62,7 @@ class ChangeRequest(Base):
     digest: Mapped[bytes] = mapped_column(LargeBinary)
     # The serialized answer. NULL means that there is none yet.
     answer: Mapped[bytes | None] = mapped_column(LargeBinary)
-    # The owner of what was changed, and the recipient that the request is about, in the form of
+    # The owner of the changed resource, and the recipient that the request is about, in the form of
     # `address_key`. NULL means that there is none.
     user_id: Mapped[str | None] = mapped_column(Text)
     address_key: Mapped[str | None] = mapped_column(Text)

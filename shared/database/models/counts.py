@@ -1,4 +1,4 @@
-"""The tables of counts: what changed, and what was folded of it (`services.stats`)."""
+"""The tables of job counts: the changes, and the sums into which `services.stats` folds them."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class DispatcherRow(Base):
 
 
 class EndpointReportRow(Base):
-    """What a dispatcher has counted at an SMTP endpoint within the last 5 to 10 minutes."""
+    """The counts of a dispatcher at one SMTP endpoint, of the last 5 to 10 minutes."""
 
     __tablename__ = "endpoint_reports"
 
@@ -91,7 +91,7 @@ class EndpointReportRow(Base):
     port: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     # `dispatchers.id`.
     dispatcher: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    # Attempts by `shared.states.ReplyClass`; the first number is of those without a reply.
+    # Attempts by `shared.states.ReplyClass`; the first number counts attempts without a reply.
     replies: Mapped[list[int]] = mapped_column(ARRAY(Integer))
     # Attempts by bucket of `shared.smtp.latencies`.
     latencies: Mapped[list[int]] = mapped_column(ARRAY(Integer))
@@ -103,7 +103,7 @@ class EndpointReportRow(Base):
 
 
 class HoldRow(Base):
-    """One row while the installation is held: dispatchers mark only what was released."""
+    """One row while the installation is held: dispatchers mark only jobs that were released."""
 
     __tablename__ = "hold"
 
@@ -111,7 +111,7 @@ class HoldRow(Base):
     held_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
     # `shared.states.HoldReason`.
     reason: Mapped[int] = mapped_column(SmallInteger)
-    # What was found, in a sentence for operators.
+    # Why the hold began, in a sentence for operators.
     detail: Mapped[str] = mapped_column(Text)
 
     __table_args__ = (
@@ -200,8 +200,8 @@ class ShardLife(Base):
     __tablename__ = "shard_lives"
 
     shard: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    # Unique, so that PostgreSQL takes it for a part of a key: a mark locks the row FOR KEY SHARE,
-    # so a change of the life waits for marks in progress, and a change of `seen_at` does not.
+    # Unique, so that PostgreSQL treats it as part of a key. A mark locks the row FOR KEY SHARE, so
+    # a change of the life waits for marks in progress, and a change of `seen_at` does not.
     life: Mapped[str] = mapped_column(Text, unique=True)
     begun_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
     # When a dispatcher last found this life in Redis.
