@@ -115,3 +115,8 @@ def raise_if_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+async def as_coroutine(part: Callable[[], Awaitable[object]]) -> None:
+    """Await the result of `part`, for a task: some functions return another kind of awaitable."""
+    await part()

@@ -16,6 +16,7 @@ import uvloop
 
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.logs import configure_logging
+from outbox_server.shared.loops import as_coroutine
 from outbox_server.shared.settings import Settings, load_settings
 from outbox_server.shared.unknown_settings import unknown_settings
 
@@ -100,7 +101,7 @@ async def serve_until_stopped(
     left = timedelta(0)  # after a failure there is nothing to wait for
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_as_coroutine(part)) for part in work]
+            tasks = [group.create_task(as_coroutine(part)) for part in work]
             await stop.wait()
             end = loop.time() + grace.total_seconds()
             server.begin_drain()
@@ -133,10 +134,6 @@ async def _until_done(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
-
-
-async def _as_coroutine(part: Callable[[], Awaitable[None]]) -> None:
-    await part()
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

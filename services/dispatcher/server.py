@@ -28,6 +28,7 @@ from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage.endpoint_reports import EndpointReport
 from outbox_server.services.dispatcher.storage.reports import DispatcherReport
 from outbox_server.services.dispatcher.wake import WakeListener
+from outbox_server.services.serving import serve_calls
 from outbox_server.shared.agreed.run import UNKNOWN_KEY_SPACE, AgreedRun, run_agreed
 from outbox_server.shared.agreed.values import AgreedSettings
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
@@ -41,14 +42,12 @@ from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
-from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
 from outbox_server.shared.queue.connection import QUEUE_ERRORS, client_of, connect, open_queues
 from outbox_server.shared.queue.following import FollowingClient, departures_of
 from outbox_server.shared.queue.heartbeats import HeartbeatMemory
 from outbox_server.shared.queue.old_keys import OldKeys
 from outbox_server.shared.queue.serving import check_serving
-from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
@@ -57,7 +56,6 @@ from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.helo import helo_name
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import ReplyRules
-from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.templates.workers import WorkerPool
 from outbox_server.shared.tls import TlsContexts
 from outbox_server.shared.traces.endpoint import open_tracer
@@ -230,32 +228,17 @@ async def _serve(run: AgreedRun) -> None:
             *(partial(run_until_stopped, each, stop) for each in endless),
         ]
 
-        async def announce() -> None:
-            run.bound(server.port)
-
-        await serve_until_stopped(
+        await serve_calls(
+            run,
             server,
-            stop,
-            settings.shutdown_grace,
-            [
-                announce,
-                partial(Loop("pool", partial(_close_idle, pool, settings.smtp_idle)).run, stop),
-                partial(
-                    follow_dependencies,
-                    server,
-                    {
-                        "postgresql": partial(run.check, schema.check, statements),
-                        "redis": partial(_check_redis, loader),
-                    },
-                    stop,
-                    places={
-                        "postgresql": place_of(settings.database_url),
-                        "redis": place_of(settings.redis_url),
-                    },
-                    report=monitoring.show_dependencies,
-                ),
-                partial(schema.run_when_usable, run.known(work), stop),
+            monitoring,
+            schema,
+            statements,
+            loops=work,
+            always=[
+                partial(Loop("pool", partial(_close_idle, pool, settings.smtp_idle)).run, stop)
             ],
+            check_redis=partial(_check_redis, loader),
         )
 
 

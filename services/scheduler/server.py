@@ -55,6 +55,7 @@ from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.services.scheduler.webhook_delivery import WebhookDelivery
 from outbox_server.services.scheduler.webhook_posts import WebhookPoster
+from outbox_server.services.serving import serve_calls
 from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.message_ids import installation_id
@@ -71,18 +72,15 @@ from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
-from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.queue.user_limits import UserSendLimits
-from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.traces.endpoint import open_tracer
 from outbox_server.shared.user_quotas import UserQuotas
@@ -250,33 +248,16 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             ),
         ]
 
-        async def announce() -> None:
-            run.bound(server.port)
-
-        await serve_until_stopped(
+        await serve_calls(
+            run,
             server,
-            stop,
-            settings.shutdown_grace,
-            [
-                announce,
-                partial(
-                    follow_dependencies,
-                    server,
-                    {
-                        "postgresql": partial(run.check, schema.check, engine),
-                        "redis": partial(check_serving, queues),
-                    },
-                    stop,
-                    # Without Redis, batches are accepted. The dispatchers are not ready then.
-                    optional=("redis",),
-                    places={
-                        "postgresql": place_of(settings.database_url),
-                        "redis": place_of(settings.redis_url),
-                    },
-                    report=monitoring.show_dependencies,
-                ),
-                partial(schema.run_when_usable, run.known(work), stop),
-            ],
+            monitoring,
+            schema,
+            engine,
+            loops=work,
+            check_redis=partial(check_serving, queues),
+            # Without Redis, batches are accepted. The dispatchers are not ready then.
+            needs_redis=False,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
 
+from outbox_server.services.serving import serve_calls
 from outbox_server.services.stats import storage
 from outbox_server.services.stats.folding import fold_until_stopped
 from outbox_server.services.stats.metrics import StatsMetrics
@@ -20,15 +21,12 @@ from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.metrics.monitoring import Monitoring
-from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.retention.purging import Purger
-from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.traces.endpoint import open_tracer
 
 # Methods that read and compute much. They have few places, so that most connections and processor
@@ -100,23 +98,4 @@ async def _serve(run: AgreedRun) -> None:
         if settings.retention is not None:
             work.append(partial(Purger(removing, settings.retention).run, stop))
 
-        async def announce() -> None:
-            run.bound(server.port)
-
-        await serve_until_stopped(
-            server,
-            stop,
-            settings.shutdown_grace,
-            [
-                announce,
-                partial(
-                    follow_dependencies,
-                    server,
-                    {"postgresql": partial(run.check, schema.check, engine)},
-                    stop,
-                    places={"postgresql": place_of(settings.database_url)},
-                    report=monitoring.show_dependencies,
-                ),
-                partial(schema.run_when_usable, run.known(work), stop),
-            ],
-        )
+        await serve_calls(run, server, monitoring, schema, engine, loops=work)

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.shared.database.serving import check_serving
 from outbox_server.shared.errors import ConfigurationError, FailedPrecondition
+from outbox_server.shared.loops import as_coroutine
 
 _VERSIONS: Final = Path(__file__).parent / "migrations" / "versions"
 # The number of the last migration of this release.
@@ -136,8 +137,4 @@ class SchemaGuard:
             return
         async with asyncio.TaskGroup() as group:
             for part in work:
-                group.create_task(_as_coroutine(part))
-
-
-async def _as_coroutine(part: Callable[[], Awaitable[None]]) -> None:
-    await part()
+                group.create_task(as_coroutine(part))

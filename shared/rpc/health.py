@@ -17,7 +17,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from outbox_server.shared.loops import Loop
+from outbox_server.shared.loops import Loop, as_coroutine
 from outbox_server.shared.store_trouble import StoreTrouble, trouble_of
 
 SERVICE_NAME = "grpc.health.v1.Health"
@@ -176,7 +176,9 @@ async def follow_dependencies(
 
     async def check_all() -> timedelta:
         nonlocal asking
-        begun = {name: asyncio.create_task(_run(checks[name])) for name in checks.keys() - asking}
+        begun = {
+            name: asyncio.create_task(as_coroutine(checks[name])) for name in checks.keys() - asking
+        }
         asking |= begun
         if begun:
             _, late = await asyncio.wait(begun.values(), timeout=limit.total_seconds())
@@ -204,10 +206,6 @@ async def follow_dependencies(
         for check in asking.values():
             check.cancel()
         await asyncio.gather(*asking.values(), return_exceptions=True)
-
-
-async def _run(check: Callable[[], Awaitable[object]]) -> None:
-    await check()
 
 
 def _trouble(check: asyncio.Task[None], late: str) -> StoreTrouble | None:
