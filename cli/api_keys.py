@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Final
 
 import typer
@@ -11,9 +10,20 @@ from outbox.v1.api_key_pb2 import ApiKey, ApiKeyKind
 
 from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection, pages
-from outbox_server.cli.keys import key_kind
+from outbox_server.cli.key_options import (
+    ExpireTime,
+    KeyName,
+    KeyOfOperator,
+    KeyOfService,
+    KeyOfUser,
+    OnlyOfUser,
+    ReadOnly,
+    key_id_of,
+    key_kind,
+    show_new_key,
+)
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, read_time, to_timestamp
+from outbox_server.cli.options import Paging, to_timestamp
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -22,7 +32,6 @@ from outbox_server.cli.output import (
     show_list,
     to_document,
 )
-from outbox_server.cli.terminal import note, say
 
 _COLUMNS: Final = (
     "api_key_id",
@@ -49,31 +58,12 @@ KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", help="Id from `outbox ap
 @with_option_groups
 def create(
     *,
-    user: Annotated[
-        str, typer.Option("--user", metavar="ID", help="Key of this user; acts for this user only.")
-    ] = "",
-    service: Annotated[
-        bool, typer.Option("--service", help="Key of a backend service; acts for any user.")
-    ] = False,
-    operator: Annotated[
-        bool,
-        typer.Option(
-            "--operator", help="Key of an operator; any user, and the commands for operators."
-        ),
-    ] = False,
-    name: Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")] = "",
-    read_only: Annotated[
-        bool, typer.Option("--read-only", help="The key may read, and change nothing.")
-    ] = False,
-    expire_time: Annotated[
-        datetime | None,
-        typer.Option(
-            "--expire-time",
-            parser=read_time,
-            metavar="TIME",
-            help="When the key expires, such as 'in 720h' (default: never).",
-        ),
-    ] = None,
+    user: KeyOfUser = "",
+    service: KeyOfService = False,
+    operator: KeyOfOperator = False,
+    name: KeyName = "",
+    read_only: ReadOnly = False,
+    expire_time: ExpireTime = None,
     change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -95,16 +85,14 @@ def create(
     if output is OutputFormat.JSON:
         print_json(to_document(made))
     else:
-        key_id = made.api_key.api_key_id
-        note(f"key {key_id}; it is shown only now, because only its hash is stored")
-        say(made.secret)
+        show_new_key(made.api_key.api_key_id, made.secret)
 
 
 @app.command()
 def get(key_id: KeyId, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     """Show an API key, without its secret."""
     with connection("scheduler", server) as client:
-        found = client.api_keys.GetApiKey(pb.GetApiKeyRequest(api_key_id=_id_of(key_id)))
+        found = client.api_keys.GetApiKey(pb.GetApiKeyRequest(api_key_id=key_id_of(key_id)))
     show(found, output)
 
 
@@ -112,7 +100,7 @@ def get(key_id: KeyId, server: Server = None, output: Output = OutputFormat.TABL
 @with_option_groups
 def list_(
     *,
-    user: Annotated[str, typer.Option("--user", metavar="ID", help="Only keys of this user.")] = "",
+    user: OnlyOfUser = "",
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -137,13 +125,7 @@ def revoke(
 
     $ outbox api-keys revoke k7m2p4x9qa
     """
-    request = change.of(pb.RevokeApiKeyRequest(api_key_id=_id_of(key_id)))
+    request = change.of(pb.RevokeApiKeyRequest(api_key_id=key_id_of(key_id)))
     with connection("scheduler", server) as client:
         revoked = client.api_keys.RevokeApiKey(request)
     show(revoked, output)
-
-
-def _id_of(text: str) -> str:
-    """Return the id of a key. A pasted complete key works too, and must not leave this machine."""
-    parts = text.split("_")
-    return parts[1] if len(parts) > 1 else text

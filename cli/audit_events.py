@@ -10,7 +10,7 @@ from outbox.v1 import audit_service_pb2 as pb
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, read_time, to_timestamp
+from outbox_server.cli.options import Paging, time_option, to_timestamp
 from outbox_server.cli.output import Output, OutputFormat, show_list
 
 _COLUMNS: Final = ("event_time", "actor", "identity", "action", "target", "reason")
@@ -30,15 +30,11 @@ def list_events(
     ] = "",
     after: Annotated[
         datetime | None,
-        typer.Option(
-            "--after", parser=read_time, metavar="TIME", help="Only changes at this time or later."
-        ),
+        time_option("--after", "Only changes at this time or later."),
     ] = None,
     before: Annotated[
         datetime | None,
-        typer.Option(
-            "--before", parser=read_time, metavar="TIME", help="Only changes before this time."
-        ),
+        time_option("--before", "Only changes before this time."),
     ] = None,
     paging: Paging,
     server: Server = None,

@@ -12,25 +12,27 @@ M = TypeVar("M", bound=Message)
 
 _PANEL: Final = "Change"
 _REASON: Final = "Why the change is made, for the audit log."
+_Identity = Annotated[
+    str,
+    typer.Option(
+        "--identity",
+        metavar="NAME",
+        help="Who asks for the change, for the audit log.",
+        rich_help_panel=_PANEL,
+    ),
+]
+# For commands whose `--reason` has another meaning.
+_ChangeReason = Annotated[
+    str, typer.Option("--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL)
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
-    """What the audit log records about a change that is safe to repeat without an id."""
+    """The values for the audit log, of a change that is safe to repeat without an id."""
 
-    identity: Annotated[
-        str,
-        typer.Option(
-            "--identity",
-            metavar="NAME",
-            help="Who asks for the change, for the audit log.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = ""
-    change_reason: Annotated[
-        str,
-        typer.Option("--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL),
-    ] = ""
+    identity: _Identity = ""
+    change_reason: _ChangeReason = ""
 
     def of(self, request: M) -> M:
         """Return `request` with the values of the options."""
@@ -42,7 +44,7 @@ class AuditOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeOptions:
-    """What makes a change safe to repeat, and what the audit log records about it."""
+    """The id that makes a change safe to repeat, and the values for the audit log."""
 
     request_id: Annotated[
         str,
@@ -53,15 +55,7 @@ class ChangeOptions:
             rich_help_panel=_PANEL,
         ),
     ] = ""
-    identity: Annotated[
-        str,
-        typer.Option(
-            "--identity",
-            metavar="NAME",
-            help="Who asks for the change, for the audit log.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = ""
+    identity: _Identity = ""
     change_reason: Annotated[
         str,
         typer.Option(
@@ -91,10 +85,7 @@ class ChangeOptions:
 class ReasonedChangeOptions(ChangeOptions):
     """The same for a command whose `--reason` has another meaning."""
 
-    change_reason: Annotated[
-        str,
-        typer.Option("--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL),
-    ] = ""
+    change_reason: _ChangeReason = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

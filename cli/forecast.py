@@ -12,9 +12,9 @@ from outbox.v1.batch_pb2 import BatchOptions
 from outbox_server.cli.client import Server, connection
 from outbox_server.cli.options import (
     User,
-    read_duration,
+    duration_option,
     read_int64,
-    read_time,
+    time_option,
     to_duration,
     to_timestamp,
 )
@@ -44,33 +44,22 @@ def forecast(
     ] = 0,
     schedule_time: Annotated[
         datetime | None,
-        typer.Option(
+        time_option(
             "--schedule-time",
-            parser=read_time,
-            metavar="TIME",
-            help="When its first mail may be sent: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
+            "When its first mail may be sent: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
         ),
     ] = None,
     spacing: Annotated[
         timedelta | None,
-        typer.Option(
-            "--spacing", parser=read_duration, metavar="DURATION", help="Time between mails."
-        ),
+        duration_option("--spacing", "Time between mails."),
     ] = None,
     spread_until: Annotated[
         datetime | None,
-        typer.Option(
-            "--spread-until", parser=read_time, metavar="TIME", help="Spread evenly until then."
-        ),
+        time_option("--spread-until", "Spread evenly until then."),
     ] = None,
     expire_after: Annotated[
         timedelta | None,
-        typer.Option(
-            "--expire-after",
-            parser=read_duration,
-            metavar="DURATION",
-            help="How long after its due time a mail may still be sent.",
-        ),
+        duration_option("--expire-after", "How long after its due time a mail may still be sent."),
     ] = None,
     user: User = "",
     server: Server = None,

@@ -16,7 +16,7 @@ from outbox_client import Client
 from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection, long_timeout
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import enum_reader, read_time, to_timestamp
+from outbox_server.cli.options import OfBatch, OfSender, enum_reader, time_option, to_timestamp
 from outbox_server.cli.output import Output, OutputFormat, print_rows, show, value_at
 from outbox_server.cli.terminal import note
 
@@ -49,29 +49,18 @@ class HeldOptions:
     """Which held jobs are meant. All options that are given must match."""
 
     user: Annotated[str, typer.Option("--user", metavar="ID", help="Only jobs of this user.")] = ""
-    sender: Annotated[
-        str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
-    ] = ""
-    batch: Annotated[
-        str, typer.Option("--batch", metavar="ID", help="Only jobs of this batch.")
-    ] = ""
+    sender: OfSender = ""
+    batch: OfBatch = ""
     due_after: Annotated[
         datetime | None,
-        typer.Option(
+        time_option(
             "--due-after",
-            parser=read_time,
-            metavar="TIME",
-            help="Only jobs that are due at this time or later: RFC 3339, `in 10m` or `now`.",
+            "Only jobs that are due at this time or later: RFC 3339, `in 10m` or `now`.",
         ),
     ] = None
     due_before: Annotated[
         datetime | None,
-        typer.Option(
-            "--due-before",
-            parser=read_time,
-            metavar="TIME",
-            help="Only jobs that are due before this time.",
-        ),
+        time_option("--due-before", "Only jobs that are due before this time."),
     ] = None
     state: Annotated[
         int | None,

@@ -19,11 +19,13 @@ from outbox_server.cli.mails import show_mail
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     Filtering,
+    OfBatch,
+    OfSender,
     Paging,
     User,
+    duration_option,
     enum_reader,
-    read_duration,
-    read_time,
+    time_option,
     to_duration,
     to_timestamp,
 )
@@ -127,12 +129,8 @@ def render(
 def list_(
     *,
     user: User = "",
-    sender: Annotated[
-        str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
-    ] = "",
-    batch: Annotated[
-        str, typer.Option("--batch", metavar="ID", help="Only jobs of this batch.")
-    ] = "",
+    sender: OfSender = "",
+    batch: OfBatch = "",
     state: Annotated[
         int | None,
         typer.Option(
@@ -174,12 +172,8 @@ def list_(
 def export(
     *,
     user: User = "",
-    sender: Annotated[
-        str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
-    ] = "",
-    batch: Annotated[
-        str, typer.Option("--batch", metavar="ID", help="Only jobs of this batch.")
-    ] = "",
+    sender: OfSender = "",
+    batch: OfBatch = "",
     filter_: Annotated[
         str, typer.Option("--filter", metavar="FILTER", help="Only what matches.")
     ] = "",
@@ -250,13 +244,11 @@ def reschedule(
     ],
     at: Annotated[
         datetime | None,
-        typer.Option("--at", parser=read_time, metavar="TIME", help="When all jobs are due."),
+        time_option("--at", "When all jobs are due."),
     ] = None,
     delay: Annotated[
         timedelta | None,
-        typer.Option(
-            "--delay", parser=read_duration, metavar="DURATION", help="How much later, such as 2h."
-        ),
+        duration_option("--delay", "How much later, such as 2h."),
     ] = None,
     dry_run: DryRun = False,
     user: User = "",

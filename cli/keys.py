@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from outbox_server.cli.key_options import (
+    ExpireTime,
+    KeyName,
+    KeyOfOperator,
+    KeyOfService,
+    KeyOfUser,
+    OnlyOfUser,
+    ReadOnly,
+    key_id_of,
+    key_kind,
+    show_new_key,
+)
 from outbox_server.cli.lazy import CommandFailed
-from outbox_server.cli.options import read_time
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
 from outbox_server.cli.terminal import note, printable, say
 
 if TYPE_CHECKING:
-    from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind
+    from outbox_server.shared.auth.keys import ApiKey
 
 _COLUMNS: Final = (
     "key_id",
@@ -34,40 +45,15 @@ app = typer.Typer(
 )
 
 
-User = Annotated[
-    str, typer.Option("--user", metavar="ID", help="Key of this user; acts for this user only.")
-]
-Service = Annotated[
-    bool, typer.Option("--service", help="Key of a backend service; acts for any user.")
-]
-Operator = Annotated[
-    bool,
-    typer.Option(
-        "--operator", help="Key of an operator; any user, and the commands for operators."
-    ),
-]
-Name = Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")]
-
-
 @app.command()
 def create(
     *,
-    user: User = "",
-    service: Service = False,
-    operator: Operator = False,
-    name: Name = "",
-    read_only: Annotated[
-        bool, typer.Option("--read-only", help="The key may read, and change nothing.")
-    ] = False,
-    expire_time: Annotated[
-        datetime | None,
-        typer.Option(
-            "--expire-time",
-            parser=read_time,
-            metavar="TIME",
-            help="When the key expires, such as 'in 720h' (default: never).",
-        ),
-    ] = None,
+    user: KeyOfUser = "",
+    service: KeyOfService = False,
+    operator: KeyOfOperator = False,
+    name: KeyName = "",
+    read_only: ReadOnly = False,
+    expire_time: ExpireTime = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
@@ -100,17 +86,16 @@ def create(
     if output is OutputFormat.JSON:
         print_json({"key": key.text, **_document(made)})
     else:
-        note(f"key {made.key_id}; it is shown only now, because only its hash is stored")
-        say(key.text)
+        show_new_key(made.key_id, key.text)
 
 
 @app.command()
 def register(
     *,
-    user: User = "",
-    service: Service = False,
-    operator: Operator = False,
-    name: Name = "",
+    user: KeyOfUser = "",
+    service: KeyOfService = False,
+    operator: KeyOfOperator = False,
+    name: KeyName = "",
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Store the API key in OUTBOX_API_KEY or --api-key-file, which was made elsewhere.
@@ -170,7 +155,7 @@ def generate_api_key(output: Output = OutputFormat.TABLE) -> None:
 @app.command(name="list")
 def list_(
     *,
-    user: Annotated[str, typer.Option("--user", metavar="ID", help="Only keys of this user.")] = "",
+    user: OnlyOfUser = "",
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List the API keys, oldest first, with revoked ones but without the secrets.
@@ -202,9 +187,7 @@ def revoke(
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.store import revoke_key
 
-    # A pasted complete key works too, and must not appear in the output.
-    parts = key_id.split("_")
-    wanted = parts[1] if len(parts) > 1 else key_id
+    wanted = key_id_of(key_id)
     revoked = in_one_transaction(lambda connection: revoke_key(connection, wanted))
     if revoked is None:
         raise CommandFailed(f"there is no API key {wanted}; `outbox keys list` shows all keys")
@@ -262,24 +245,6 @@ def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
             f"{', '.join(map(str, done.unreadable[:20]))}: add the key and run this again, or "
             "set the sender's endpoint again"
         )
-
-
-def key_kind(user: str, name: str, *, service: bool, operator: bool) -> ApiKeyKind:
-    """Return the kind of key that the options ask for.
-
-    Raises:
-        typer.BadParameter: not exactly one kind is given, or a text is too long.
-    """
-    from outbox_server.shared import bounds
-    from outbox_server.shared.auth.keys import ApiKeyKind
-
-    if [bool(user), service, operator].count(True) != 1:
-        raise typer.BadParameter("give exactly one of --user ID, --service and --operator")
-    bounds.DISPLAY_NAME.check("--name", name)
-    if user:
-        bounds.USER_ID.check("--user", user)
-        return ApiKeyKind.USER
-    return ApiKeyKind.SERVICE if service else ApiKeyKind.OPERATOR
 
 
 def _document(key: ApiKey) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from outbox_server.cli.lazy import CommandFailed
-from outbox_server.cli.options import read_duration
+from outbox_server.cli.options import duration_option
 from outbox_server.cli.output import Output, OutputFormat, print_json
 from outbox_server.cli.terminal import note
 
@@ -19,12 +19,7 @@ app = typer.Typer(add_completion=False)
 def migrate(
     wait: Annotated[
         timedelta,
-        typer.Option(
-            "--wait",
-            parser=read_duration,
-            metavar="DURATION",
-            help="How long to try to get the locks of tables.",
-        ),
+        duration_option("--wait", "How long to try to get the locks of tables."),
     ] = "10m",  # type: ignore[assignment]  # typer parses defaults
     output: Output = OutputFormat.TABLE,
 ) -> None:

@@ -124,6 +124,21 @@ Until = Annotated[
 ]
 
 
+def time_option(flag: str, description: str) -> Any:
+    """Return an option with a time, as `read_time` reads it."""
+    return typer.Option(flag, parser=read_time, metavar="TIME", help=description)
+
+
+def duration_option(flag: str, description: str) -> Any:
+    """Return an option with a duration, as `read_duration` reads it."""
+    return typer.Option(flag, parser=read_duration, metavar="DURATION", help=description)
+
+
+EndTime = Annotated[datetime | None, time_option("--end-time", "End, exclusive (default: now).")]
+OfSender = Annotated[str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")]
+OfBatch = Annotated[str, typer.Option("--batch", metavar="ID", help="Only jobs of this batch.")]
+
+
 def read_int32(text: str) -> int:
     """Parse a whole number that fits in an int32 field. The server checks its bounds.
 
@@ -146,6 +161,26 @@ def _read_whole(text: str, bits: int) -> int:
     if not -(2**bits) <= number < 2**bits:
         raise typer.BadParameter(f"{number} is too {'large' if number > 0 else 'small'}")
     return number
+
+
+# How a CSV is read.
+EmailColumn = Annotated[
+    str,
+    typer.Option(
+        "--email-column",
+        metavar="NAME",
+        help="Column of the addresses, as the header writes it (default: found by its name).",
+    ),
+]
+SkipLines = Annotated[
+    int,
+    typer.Option(
+        "--skip-lines",
+        parser=read_int32,
+        metavar="N",
+        help="Lines before the header, such as a title (default: 0).",
+    ),
+]
 
 
 def to_duration(value: timedelta | None) -> Duration | None:

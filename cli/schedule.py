@@ -27,11 +27,13 @@ from outbox_server.cli.mail_options import HeaderOptions, TemplateOptions, read_
 from outbox_server.cli.mails import show_preview
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
+    EmailColumn,
+    SkipLines,
     User,
+    duration_option,
     enum_reader,
-    read_duration,
     read_int32,
-    read_time,
+    time_option,
     to_duration,
     to_timestamp,
 )
@@ -78,21 +80,14 @@ def schedule(
     content: TemplateOptions,
     schedule_time: Annotated[
         datetime | None,
-        typer.Option(
+        time_option(
             "--schedule-time",
-            parser=read_time,
-            metavar="TIME",
-            help="When the first mail may be sent: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
+            "When the first mail may be sent: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
         ),
     ] = None,
     spacing: Annotated[
         timedelta | None,
-        typer.Option(
-            "--spacing",
-            parser=read_duration,
-            metavar="DURATION",
-            help="Time between consecutive mails, such as 5s (default: 0s).",
-        ),
+        duration_option("--spacing", "Time between consecutive mails, such as 5s (default: 0s)."),
     ] = None,
     duplicates: Annotated[
         int | None,
@@ -114,20 +109,15 @@ def schedule(
     ] = None,
     expire_after: Annotated[
         timedelta | None,
-        typer.Option(
+        duration_option(
             "--expire-after",
-            parser=read_duration,
-            metavar="DURATION",
-            help="How long after its due time a mail may still be sent (default: for ever).",
+            "How long after its due time a mail may still be sent (default: for ever).",
         ),
     ] = None,
     spread_until: Annotated[
         datetime | None,
-        typer.Option(
-            "--spread-until",
-            parser=read_time,
-            metavar="TIME",
-            help="Spread the mails evenly until this time, instead of --spacing.",
+        time_option(
+            "--spread-until", "Spread the mails evenly until this time, instead of --spacing."
         ),
     ] = None,
     time_zone: Annotated[
@@ -137,23 +127,8 @@ def schedule(
             help="Time zone of a row's schedule_time without an offset, such as Europe/Berlin.",
         ),
     ] = None,
-    email_column: Annotated[
-        str | None,
-        typer.Option(
-            "--email-column",
-            metavar="NAME",
-            help="Column of the addresses, as the header writes it (default: found by its name).",
-        ),
-    ] = None,
-    skip_lines: Annotated[
-        int,
-        typer.Option(
-            "--skip-lines",
-            parser=read_int32,
-            metavar="N",
-            help="Lines before the header, such as a title (default: 0).",
-        ),
-    ] = 0,
+    email_column: EmailColumn = "",
+    skip_lines: SkipLines = 0,
     mail: HeaderOptions,
     external_id: Annotated[
         str | None,
@@ -249,7 +224,7 @@ def schedule(
         expire_after=to_duration(expire_after),
         spread_until=to_timestamp(spread_until),
         time_zone=time_zone or "",
-        email_column=email_column or "",
+        email_column=email_column,
         skip_lines=skip_lines,
         **mail.headers(),
         external_id=external_id or "",

@@ -12,8 +12,8 @@ from outbox.v1.sender_pb2 import SmtpEndpoint, SmtpPreset, SmtpSecurity
 
 from outbox_server.cli.oauth2_options import OAuth2Options
 from outbox_server.cli.options import (
+    duration_option,
     enum_reader,
-    read_duration,
     read_int32,
     text_or_file,
     to_duration,
@@ -118,11 +118,8 @@ class SenderOptions:
     ] = None
     min_gap: Annotated[
         timedelta | None,
-        typer.Option(
-            "--min-gap",
-            parser=read_duration,
-            metavar="DURATION",
-            help="Minimum time from the end of a send to the start of the next, such as 2s.",
+        duration_option(
+            "--min-gap", "Minimum time from the end of a send to the start of the next, such as 2s."
         ),
     ] = None
     max_in_flight: Annotated[

@@ -13,7 +13,14 @@ from outbox.v1.stats_pb2 import SeriesPoint
 
 from outbox_server.cli.client import Server, connection
 from outbox_server.cli.lazy import CommandFailed
-from outbox_server.cli.options import User, read_duration, read_time, to_duration, to_timestamp
+from outbox_server.cli.options import (
+    EndTime,
+    User,
+    duration_option,
+    time_option,
+    to_duration,
+    to_timestamp,
+)
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -46,26 +53,13 @@ def series(
     *,
     start_time: Annotated[
         datetime | None,
-        typer.Option(
-            "--start-time",
-            parser=read_time,
-            metavar="TIME",
-            help="Start (default: a day before the end).",
-        ),
+        time_option("--start-time", "Start (default: a day before the end)."),
     ] = None,
-    end_time: Annotated[
-        datetime | None,
-        typer.Option(
-            "--end-time", parser=read_time, metavar="TIME", help="End, exclusive (default: now)."
-        ),
-    ] = None,
+    end_time: EndTime = None,
     bucket: Annotated[
         timedelta | None,
-        typer.Option(
-            "--bucket",
-            parser=read_duration,
-            metavar="DURATION",
-            help="Length of an interval: 1m to 24h, a divisor of a day (default: 1h).",
+        duration_option(
+            "--bucket", "Length of an interval: 1m to 24h, a divisor of a day (default: 1h)."
         ),
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw a chart in the terminal.")] = False,

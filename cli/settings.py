@@ -16,7 +16,7 @@ import typer
 
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import read_duration
+from outbox_server.cli.options import duration_option
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
 from outbox_server.cli.terminal import note
 from outbox_server.shared.errors import ConfigurationError
@@ -130,11 +130,8 @@ def set_settings(
     stored: StoredOptions,
     wait: Annotated[
         timedelta,
-        typer.Option(
-            "--wait",
-            parser=read_duration,
-            metavar="DURATION",
-            help="How long to wait until the dispatchers have loaded the queue again; 0s: not.",
+        duration_option(
+            "--wait", "How long to wait until the dispatchers have loaded the queue again; 0s: not."
         ),
     ] = "1m",  # type: ignore[assignment]  # typer parses defaults
     output: Output = OutputFormat.TABLE,

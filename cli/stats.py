@@ -11,7 +11,14 @@ from outbox.v1 import stats_service_pb2 as pb
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.forecast import forecast
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User, one_user, read_time, to_timestamp
+from outbox_server.cli.options import (
+    EndTime,
+    Paging,
+    User,
+    one_user,
+    time_option,
+    to_timestamp,
+)
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -145,19 +152,9 @@ def audit(
     *,
     start_time: Annotated[
         datetime | None,
-        typer.Option(
-            "--start-time",
-            parser=read_time,
-            metavar="TIME",
-            help="Start (default: its first send).",
-        ),
+        time_option("--start-time", "Start (default: its first send)."),
     ] = None,
-    end_time: Annotated[
-        datetime | None,
-        typer.Option(
-            "--end-time", parser=read_time, metavar="TIME", help="End, exclusive (default: now)."
-        ),
-    ] = None,
+    end_time: EndTime = None,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,

@@ -21,7 +21,7 @@ from outbox_server.cli.client import Server, connection, pages, upload_timeout
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Filtering, Paging, User, read_int32
+from outbox_server.cli.options import EmailColumn, Filtering, Paging, SkipLines, User
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
 
@@ -81,23 +81,8 @@ def import_(
     reason: Annotated[
         str, typer.Option("--reason", help="Reason of rows that have none of their own.")
     ] = "",
-    email_column: Annotated[
-        str,
-        typer.Option(
-            "--email-column",
-            metavar="NAME",
-            help="Column of the addresses, as the header writes it (default: found by its name).",
-        ),
-    ] = "",
-    skip_lines: Annotated[
-        int,
-        typer.Option(
-            "--skip-lines",
-            parser=read_int32,
-            metavar="N",
-            help="Lines before the header, such as a title (default: 0).",
-        ),
-    ] = 0,
+    email_column: EmailColumn = "",
+    skip_lines: SkipLines = 0,
     change: AuditOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,

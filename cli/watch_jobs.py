@@ -12,7 +12,14 @@ from outbox_client import CallError
 
 from outbox_server.cli.client import Server, connection
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import User, enum_reader, read_time, to_timestamp
+from outbox_server.cli.options import (
+    OfBatch,
+    OfSender,
+    User,
+    enum_reader,
+    time_option,
+    to_timestamp,
+)
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -37,12 +44,8 @@ _COLUMNS: Final = (
 def watch(
     *,
     user: User = "",
-    sender: Annotated[
-        str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
-    ] = "",
-    batch: Annotated[
-        str, typer.Option("--batch", metavar="ID", help="Only jobs of this batch.")
-    ] = "",
+    sender: OfSender = "",
+    batch: OfBatch = "",
     state: Annotated[
         list[int] | None,
         typer.Option(
@@ -57,9 +60,7 @@ def watch(
     ] = "",
     after: Annotated[
         datetime | None,
-        typer.Option(
-            "--after", parser=read_time, metavar="TIME", help="Begin at this time (default: now)."
-        ),
+        time_option("--after", "Begin at this time (default: now)."),
     ] = None,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
