@@ -48,6 +48,7 @@ _BLOCKING_NAMES: Final = {
     "grpc.aio.Channel": "grpc.Channel",
     "aclosing": "closing",
     "AsyncClient": "Client",
+    "AsyncServices": "Services",
     "Rows": "BlockingRows",
 } | {f"{name}ServiceAsyncStub": f"{name}ServiceStub" for name in _SERVICES}
 
