@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
-from outbox_server.deploy.child import Child, LocalServerError
+from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.embedded.encryption_key import key_in
 from outbox_server.deploy.embedded.gateway import EmbeddedGateway
 from outbox_server.deploy.embedded.operator_key import operator_key_in
-from outbox_server.deploy.embedded.service import Service, describe_end, environment_of
+from outbox_server.deploy.embedded.restarting import Restartable, Restarter
+from outbox_server.deploy.embedded.service import Service, environment_of
 from outbox_server.deploy.embedded.stack import Servers
 from outbox_server.deploy.ports import LOOPBACK, claim_port, free_port
 from outbox_server.deploy.providers.profile import Profile
@@ -26,24 +27,10 @@ from outbox_server.shared.smtp_ports import ANY
 
 # How long `up` waits for a send in flight when it stops, unless OUTBOX_SHUTDOWN_GRACE is set.
 _GRACE: Final = timedelta(seconds=5)
-# The pauses between restarts grow, so that a service that cannot start does not use the whole CPU.
-_FIRST_PAUSE_S: Final = 0.2
-_LONGEST_PAUSE_S: Final = 5.0
 _SERVER_PORTS: Final = {"postgres": 5432, "redis": 6379, "smtp": 1025}
 _SERVICE_PORTS: Final = {"scheduler": 50051, "dispatcher": 50052, "stats": 50053}
 GATEWAY_PORT: Final = 8080
 _PORT_TRIES: Final = 5
-
-
-class Restartable(Protocol):
-    """A server or service that can be started again."""
-
-    @property
-    def child(self) -> Child:
-        """Its process."""
-
-    async def start(self) -> None:
-        """Start it, and return when it is ready."""
 
 
 class LocalSystem:
@@ -112,16 +99,13 @@ class LocalSystem:
         self._hold = hold
         # The file with the operator's key; None if callers need none.
         self.operator_key: Path | None = None
-        self._say = say
         self._services: list[Service] = []
         # How many processes of each service were ever planned, for their titles.
         self._planned = Counter(self._wanted)
         self._with_gateway = gateway
         self._gateway: EmbeddedGateway | None = None
-        self._beside: dict[str, Restartable] = {}
-        self._keepers: asyncio.Task[None] | None = None
-        self._keeping: dict[Service, asyncio.Task[None]] = {}
-        self._group: asyncio.TaskGroup | None = None
+        self._restarter = Restarter(say)
+        self._restarts: asyncio.Task[None] | None = None
         self._open = AsyncExitStack()
 
     def _claims_port(self, port: int) -> bool:
@@ -177,8 +161,9 @@ class LocalSystem:
                 self._gateway = self._plan_gateway(stack)
                 stack.push_async_callback(self._gateway.stop)
                 await self._gateway.start()
-            self._keepers = asyncio.create_task(self._keep_all())
-            stack.push_async_callback(_cancel, self._keepers)
+            self._keep_all()
+            self._restarts = asyncio.create_task(self._restarter.run())
+            stack.push_async_callback(_cancel, self._restarts)
             self._open = stack.pop_all()
         return self
 
@@ -213,60 +198,21 @@ class LocalSystem:
 
     async def watch(self) -> None:
         """Wait for ever, while processes that end by themselves are started again."""
-        if self._keepers is not None:
-            await asyncio.shield(self._keepers)
+        if self._restarts is not None:
+            await asyncio.shield(self._restarts)
 
-    async def _keep_all(self) -> None:
+    def _keep_all(self) -> None:
         servers = self.servers
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep("PostgreSQL", lambda: servers.postgres))
-            group.create_task(self._keep("Valkey", lambda: servers.valkey))
-            for title, server in self._beside.items():
-                group.create_task(self._keep_always(title, server))
-            self._group = group
-            for service in self._services:
-                self._keep_service(service)
-            if self._gateway is not None:
-                group.create_task(self._keep_always("the gateway", self._gateway))
-
-    async def _keep_always(self, title: str, kept: Restartable) -> None:
-        await self._keep(title, lambda: kept)
-
-    async def _keep(self, title: str, present: Callable[[], Restartable]) -> None:
-        """Start what `present` returns again whenever it ends.
-
-        If another server has taken its place by then, that one is kept from then on.
-        """
-        while True:
-            kept = present()
-            code = await kept.child.wait()
-            if present() is not kept:
-                continue
-            self._say(f"{title} {describe_end(code)}; starting it again")
-            if await self._start_again(kept, present):
-                self._say(f"{title} is running again")
-
-    async def _start_again(self, kept: Restartable, present: Callable[[], Restartable]) -> bool:
-        pause = _FIRST_PAUSE_S
-        while present() is kept:
-            try:
-                await kept.start()
-            except LocalServerError as error:
-                self._say(str(error))
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
-            else:
-                return True
-        return False
-
-    def _keep_service(self, service: Service) -> None:
-        if self._group is None:
-            raise RuntimeError("the system was not started")
-        self._keeping[service] = self._group.create_task(self._keep_always(service.title, service))
+        self._restarter.keep("PostgreSQL", lambda: servers.postgres)
+        self._restarter.keep("Valkey", lambda: servers.valkey)
+        for service in self._services:
+            self.keep(service.title, service)
+        if self._gateway is not None:
+            self.keep("the gateway", self._gateway)
 
     def keep(self, title: str, server: Restartable) -> None:
-        """Start another server again whenever it ends. Call this before the system starts."""
-        self._beside[title] = server
+        """Start a server again whenever it ends."""
+        self._restarter.keep(title, lambda: server)
 
     async def add(self, name: str) -> Service:
         """Start one more process of a service, and return it when it reports SERVING.
@@ -280,13 +226,13 @@ class LocalSystem:
         service = self._service(f"{name}-{number}", name, address, self._environment())
         await self._first_start(service)
         self._services.append(service)
-        self._keep_service(service)
+        self.keep(service.title, service)
         return service
 
     async def remove(self, service: Service, limit_s: float) -> bool:
         """End a process for good, by SIGTERM; False if SIGKILL had to follow after `limit_s`."""
         self._services.remove(service)
-        await _cancel(self._keeping.pop(service))
+        await self._restarter.forget(service.title)
         if not service.child.running:
             return True
         service.child.signal(signal.SIGTERM)
