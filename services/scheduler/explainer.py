@@ -25,15 +25,10 @@ from outbox_server.services.scheduler.storage.batches import read_expire_after, 
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord, PastAttempt
 from outbox_server.services.scheduler.storage.holds import is_held
 from outbox_server.shared.database.engine import from_unix_ms, snapshot
-from outbox_server.shared.forecast.backlog import (
-    BacklogPosition,
-    Rules,
-    SenderPace,
-    count_ahead,
-    from_us,
-    read_pace,
-)
+from outbox_server.shared.forecast.backlog import BacklogPosition, count_ahead
 from outbox_server.shared.forecast.forecasts import forecast_job
+from outbox_server.shared.forecast.microseconds import from_us
+from outbox_server.shared.forecast.pace import Rules, SenderPace, read_pace
 from outbox_server.shared.forecast.simulation import Limiter
 from outbox_server.shared.forecast.user_shares import UserLimiter
 from outbox_server.shared.heads.loader import HeadLoader

@@ -15,7 +15,6 @@ from outbox_server.services.scheduler.limits import Limits
 from outbox_server.services.scheduler.storage.batches import BatchRecord
 from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.database.engine import DATABASE_ERRORS
-from outbox_server.shared.forecast.backlog import Rules, from_us
 from outbox_server.shared.forecast.forecasts import (
     HELD_NOTICE,
     Forecast,
@@ -23,6 +22,8 @@ from outbox_server.shared.forecast.forecasts import (
     forecast_planned,
     forecast_read,
 )
+from outbox_server.shared.forecast.microseconds import from_us
+from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.forecast.quick import QuickBacklog, read_quick
 from outbox_server.shared.forecast.simulation import JobGroup
 

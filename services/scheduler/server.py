@@ -63,7 +63,7 @@ from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.events.watching import EventWatch
 from outbox_server.shared.fair_shares import FairShares
-from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.heads.coalescing import ShardLoads
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.id_source import IdSource

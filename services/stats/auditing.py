@@ -11,7 +11,7 @@ from outbox_server.services.stats import storage
 from outbox_server.shared.audit.sender import audit_sender
 from outbox_server.shared.audit.storage import Interval
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, to_duration
 
 

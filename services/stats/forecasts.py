@@ -11,13 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.stats import storage
 from outbox_server.services.stats.planned import PlannedBatch, check_planned
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.forecast.backlog import Rules, to_us
 from outbox_server.shared.forecast.forecasts import (
     HELD_NOTICE,
     Forecast,
     forecast_batch,
     forecast_planned,
 )
+from outbox_server.shared.forecast.microseconds import to_us
+from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.forecast.simulation import Bound, JobGroup
 from outbox_server.shared.rpc.proto_mapping import (
     from_duration,

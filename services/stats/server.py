@@ -19,7 +19,7 @@ from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.fair_shares import FairShares
-from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.retention.purging import Purger
 from outbox_server.shared.rpc.probes import open_probes

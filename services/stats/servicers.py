@@ -18,7 +18,7 @@ from outbox_server.services.stats.series import series
 from outbox_server.services.stats.storage import WatchedSender
 from outbox_server.services.stats.storage.endpoints import EndpointCounts, read_endpoints
 from outbox_server.shared.callers import CallerKind, current_caller, effective_user, require_user
-from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import (

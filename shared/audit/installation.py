@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.agreed.storage import read_agreed, read_limits_change
 from outbox_server.shared.audit import storage
 from outbox_server.shared.audit.jobs import Copies, JobNumbers, contradiction_of, delivery_of
+from outbox_server.shared.audit.recount import stats_mismatch
 from outbox_server.shared.audit.replay import Replay
 from outbox_server.shared.audit.storage import AuditedSender, AuditedUser, Totals
 from outbox_server.shared.database.engine import create_engine, snapshot
@@ -166,7 +167,7 @@ async def _audit(
     return Findings(
         senders=senders,
         totals=totals,
-        stats_mismatch=await storage.stats_mismatch(connection),
+        stats_mismatch=await stats_mismatch(connection),
         jobs=jobs,
         recorded=recorded.by_sender,
         seen=None if seen is None else seen.by_sender,

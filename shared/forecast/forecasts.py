@@ -12,18 +12,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.database.counts import batch_counts
-from outbox_server.shared.forecast.backlog import (
-    BacklogPosition,
-    Rules,
-    SenderPace,
-    from_us,
-    read_ahead,
-    read_backlog,
-    read_pace,
-    to_us,
-)
+from outbox_server.shared.forecast.backlog import BacklogPosition, read_ahead, read_backlog
 from outbox_server.shared.forecast.batch_pauses import after_pauses
 from outbox_server.shared.forecast.job_groups import in_order
+from outbox_server.shared.forecast.microseconds import from_us, to_us
+from outbox_server.shared.forecast.pace import Rules, SenderPace, read_pace
 from outbox_server.shared.forecast.simulation import (
     Bound,
     JobGroup,

@@ -29,8 +29,8 @@ from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Attempt, EmailJob, Sender
 from outbox_server.shared.database.pauses import has_paused_batch
-from outbox_server.shared.forecast.backlog import PACE_STATEMENT, Rules, SenderPace, pace_of
 from outbox_server.shared.forecast.job_groups import joined
+from outbox_server.shared.forecast.pace import PACE_STATEMENT, Rules, SenderPace, pace_of
 from outbox_server.shared.forecast.simulation import JobGroup, Sends
 from outbox_server.shared.states import JobState
 

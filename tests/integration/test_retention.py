@@ -17,7 +17,8 @@ from psycopg.rows import tuple_row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry_failed
-from outbox_server.shared.audit.storage import count_missing, read_totals, stats_mismatch
+from outbox_server.shared.audit.recount import stats_mismatch
+from outbox_server.shared.audit.storage import count_missing, read_totals
 from outbox_server.shared.database.counts import batch_counts, sender_counts
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.heads.statements import HISTORY_STATEMENT

@@ -18,8 +18,8 @@ from outbox.v1.user_service_pb2 import GetUserRequest, UpdateUserRequest
 from outbox_server.cli.options import to_duration
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.shared.database.engine import create_engine, snapshot
-from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.forecast.forecasts import forecast_batch
+from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.forecast.simulation import Bound
 from outbox_server.shared.states import JobState
 from tests import dispatchers

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from outbox_server.shared.forecast.backlog import from_us, to_us
+from outbox_server.shared.forecast.microseconds import from_us, to_us
 from outbox_server.shared.forecast.openings import Openings
 from outbox_server.shared.forecast.simulation import Bound, JobGroup, Limiter, simulate
 from outbox_server.shared.sending_hours import SendingHours

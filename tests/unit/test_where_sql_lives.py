@@ -81,7 +81,7 @@ def test_only_storage_modules_contain_sql() -> None:
         "import sqlalchemy.exc",
         "import psycopg",
         "from outbox_server.shared.database.models import Sender",
-        "from outbox_server.shared.database.models.mail import Sender",
+        "from outbox_server.shared.database.models.senders import Sender",
         "async def read(connection):\n    await connection.scalar('SELECT 1')",
     ],
 )

@@ -40,14 +40,12 @@ from outbox_server.shared.database.models.mail import (
     BatchCancellation,
     BatchRejection,
     BatchRespread,
-    Cooldown,
     EmailJob,
     HeadMarker,
-    OAuth2CredentialsRow,
-    Sender,
     Suppression,
     UserRow,
 )
+from outbox_server.shared.database.models.senders import Cooldown, OAuth2CredentialsRow, Sender
 
 __all__ = [
     "AgreedSettingsRow",
