@@ -34,6 +34,16 @@ def test_every_path_on_the_page_exists() -> None:
     assert {path for path in sources if not (ROOT / path).exists()} == set()
 
 
+def test_the_page_says_what_each_folder_of_services_and_shared_has() -> None:
+    rows = set(re.findall(r"(?m)^\| `((?:services|shared)/\w+/)` \| .{10}", PAGE))
+    assert rows == {
+        f"{parent}/{folder.name}/"
+        for parent in ("services", "shared")
+        for folder in (ROOT / parent).iterdir()
+        if (folder / "__init__.py").is_file()
+    }
+
+
 def test_the_page_has_a_list_for_each_kind_of_change() -> None:
     assert LISTS.keys() == {
         *("limit", "state", "method", "setting", "metric", "alert"),
