@@ -94,6 +94,25 @@ class QuotaOptions:
             help="Most sends at a time to mail servers that have not replied yet.",
         ),
     ] = None
+    stored_events: Annotated[
+        int | None,
+        typer.Option(
+            "--stored-events",
+            parser=_read_quota,
+            metavar="N|default",
+            help="Most stored events of jobs; the oldest ones are removed.",
+        ),
+    ] = None
+    suppressions: Annotated[
+        int | None,
+        typer.Option(
+            "--suppressions", parser=_read_quota, metavar="N|default", help="Most suppressions."
+        ),
+    ] = None
+    webhooks: Annotated[
+        int | None,
+        typer.Option("--webhooks", parser=_read_quota, metavar="N|default", help="Most webhooks."),
+    ] = None
 
 
 def _read_limit(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Final, cast
 
 import typer
@@ -14,7 +15,7 @@ from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User, enum_reader
+from outbox_server.cli.options import Paging, User, enum_reader, read_duration
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
 
@@ -152,6 +153,39 @@ def update(
     request = pb.UpdateWebhookRequest(user_id=user, webhook=webhook, update_mask=mask)
     with connection("scheduler", server) as client:
         made = client.webhooks.UpdateWebhook(change.of(request))
+    show(made, output)
+
+
+@app.command(name="rotate-secret")
+@with_option_groups
+def rotate_secret(
+    webhook_id: WebhookId,
+    *,
+    user: User = "",
+    keep_old: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--keep-old",
+            parser=read_duration,
+            metavar="DURATION",
+            help="How long the old secret signs too, such as 1h; at most 7d (default: 24h).",
+        ),
+    ] = None,
+    change: GuardedChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Give a webhook a new secret, and show it.
+
+    Until the old one ends, requests have a signature by each of the two.
+
+    $ outbox webhooks rotate-secret 3751 --user demo --keep-old 1h
+    """
+    request = pb.RotateWebhookSecretRequest(webhook_id=webhook_id, user_id=user)
+    if keep_old is not None:
+        request.old_secret_duration.FromTimedelta(keep_old)
+    with connection("scheduler", server) as client:
+        made = client.webhooks.RotateWebhookSecret(change.of(request))
     show(made, output)
 
 

@@ -197,6 +197,6 @@ LABEL_COLUMN: Final = TextBounds(MAX_COLUMN_NAME, "LABEL_COLUMNS_INVALID", least
 TIME_ZONE: Final = TextBounds(64, "UNKNOWN_TIME_ZONE")
 FILTER: Final = TextBounds(4_000, "FILTER_INVALID")
 ORDER_BY: Final = TextBounds(100, "ORDER_BY_INVALID")
+# How long the old secret of a webhook may sign after a rotation.
+MAX_OLD_SECRET_DURATION: Final = timedelta(days=7)
 WEBHOOK_URL: Final = TextBounds(2_048, "WEBHOOK_URL_INVALID", least=1)
-# Number of webhooks of one user.
-MAX_WEBHOOKS: Final = 20

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import httpcore
@@ -24,12 +25,19 @@ class NoConnection(OSError):
 _AT_ONCE: Final = 4 * 1024
 
 
-class _BoundedStream(httpcore.AsyncNetworkStream):
-    """A connection from which at most `most` bytes are read."""
+@dataclass(slots=True)
+class _Budget:
+    """How many bytes may still be read."""
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream, most: int) -> None:
+    left: int
+
+
+class _BoundedStream(httpcore.AsyncNetworkStream):
+    """A connection from which no more bytes are read than the budget has."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream, budget: _Budget) -> None:
         self._stream = stream
-        self._left = most
+        self._budget = budget
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
         """Return the next bytes.
@@ -37,10 +45,11 @@ class _BoundedStream(httpcore.AsyncNetworkStream):
         Raises:
             httpcore.RemoteProtocolError: the server has sent too many.
         """
-        if not self._left:
+        if not self._budget.left:
             raise httpcore.RemoteProtocolError("the answer is too long")
-        found = await self._stream.read(min(max_bytes, _AT_ONCE, self._left), timeout)
-        self._left -= len(found)
+        most = min(max_bytes, _AT_ONCE, self._budget.left)
+        found = await self._stream.read(most, timeout)
+        self._budget.left -= len(found)
         return found
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
@@ -59,7 +68,7 @@ class _BoundedStream(httpcore.AsyncNetworkStream):
     ) -> httpcore.AsyncNetworkStream:
         """Return the connection with TLS, with the same bound."""
         stream = await self._stream.start_tls(ssl_context, server_hostname, timeout)
-        return _BoundedStream(stream, self._left)
+        return _BoundedStream(stream, self._budget)
 
     def get_extra_info(self, info: str) -> Any:
         """Return what httpcore asks about the connection."""
@@ -70,11 +79,16 @@ class PermittedNetwork(httpcore.AsyncNetworkBackend):
     """Connects only to permitted addresses. The name is looked up once, before the check."""
 
     def __init__(self, egress: Egress, user: str, most: int) -> None:
-        """Read at most `most` bytes from each connection."""
+        """Read at most `most` bytes, until `renew` is called."""
         self._egress = egress
         self._user = user
         self._most = most
+        self._budget = _Budget(most)
         self._network = httpcore.AnyIOBackend()
+
+    def renew(self) -> None:
+        """Allow as many bytes again, for the answer to the next request."""
+        self._budget.left = self._most
 
     async def connect_tcp(
         self,
@@ -98,7 +112,7 @@ class PermittedNetwork(httpcore.AsyncNetworkBackend):
                 stream = await self._network.connect_tcp(
                     address, port, timeout, local_address, socket_options
                 )
-                return _BoundedStream(stream, self._most)
+                return _BoundedStream(stream, self._budget)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise NoConnection(f"no connection to {host}, port {port}: {reason_of(_cause(failure))}")

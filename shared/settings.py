@@ -381,6 +381,19 @@ class Settings(BaseSettings):
         "not replied to the last send; unset: a quarter of OUTBOX_DISPATCHER_CONCURRENCY, and at "
         "least 2",
     )
+    user_stored_events: int = Field(
+        5_000_000,
+        ge=0,
+        le=MAX_QUOTA,
+        description="most stored events of jobs of one user; its oldest ones are removed",
+    )
+    user_suppressions: int = Field(
+        5_000_000,
+        ge=0,
+        le=MAX_QUOTA,
+        description="most suppressions of one user that calls create",
+    )
+    user_webhooks: int = Field(20, ge=0, le=MAX_QUOTA, description="most webhooks of one user")
     user_hourly_limit: int = Field(
         0,
         ge=0,

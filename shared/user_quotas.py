@@ -35,6 +35,9 @@ class UserQuotas:
     watches: int
     stored_rejections: int
     unproven_endpoints: int
+    stored_events: int
+    suppressions: int
+    webhooks: int
 
     @classmethod
     def from_settings(cls, settings: Settings) -> UserQuotas:

@@ -11,8 +11,11 @@ from psycopg import sql
 from outbox_server.shared.database.models import Base
 from tests.eventually import eventually
 
-# Counts may be folded at any time, and a marker is deleted when its head is loaded.
+# Counts may be folded at any time, and a marker is deleted when its head is loaded. Events are
+# counted now and then.
 MOVING: Final = (
+    "job_event_counting",
+    "job_event_counts",
     "count_deltas",
     "batch_counts",
     "sender_counts",

@@ -1,12 +1,14 @@
 """Removes old requests, and old events of jobs and of the audit log, a few rows at a time.
 
-Runs in every scheduler. Rows that another scheduler removes at the moment are skipped.
+It also removes the oldest events of jobs of a user that has more than its quota. Runs in every
+scheduler. What another scheduler removes at the moment is skipped.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Final
@@ -16,8 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.scheduler.storage import changes as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.webhooks import remove_old_deliveries
+from outbox_server.shared import bounds
 from outbox_server.shared.database.engine import DATABASE_ERRORS
-from outbox_server.shared.events.storage import remove_old_events
+from outbox_server.shared.events import removing
+from outbox_server.shared.events.horizon import Horizon
 from outbox_server.shared.loops import Loop
 
 # For so long, a repeated request is recognised.
@@ -29,26 +33,50 @@ _MOST_EVENTS: Final = 100_000
 # The number of rows that one transaction removes.
 _CHUNK: Final = 1_000
 _INTERVAL: Final = timedelta(minutes=10)
+# The number of events of jobs that one transaction counts or removes, and of how many users.
+_EVENT_CHUNK: Final = 8_000
+_USERS_AT_ONCE: Final = 4
+# A user may exceed its quota of events by what it writes in this time.
+_OFTEN: Final = timedelta(seconds=10)
 _RETRY: Final = timedelta(seconds=10)
 
 _Removal = Callable[[AsyncConnection], Awaitable[int]]
 
 
-class _OldEvents:
-    """Removes old events of jobs from where it has come to in a run.
+class _JobEvents:
+    """Counts the events of jobs, and removes old and surplus ones."""
 
-    From the start of the index each time, it would read all the rows that it has removed before,
-    until a vacuum. Rows that it skips are left to the next run.
-    """
-
-    def __init__(self, retention: timedelta) -> None:
+    def __init__(self, engine: AsyncEngine, retention: timedelta, most: int) -> None:
+        self._engine = engine
         self._retention = retention
+        self._most = most
+        self._horizon = Horizon()
+        # Where the removal of old events has come to in a run. From the start of the index each
+        # time, it would read all the rows that it has removed before, until a vacuum.
         self._after = 0
 
-    async def remove(self, connection: AsyncConnection) -> int:
-        removed = await remove_old_events(connection, self._retention, _CHUNK, self._after)
-        self._after = max(removed, default=0)
-        return len(removed)
+    async def remove_old(self, connection: AsyncConnection) -> int:
+        removed = await removing.remove_old_events(connection, self._retention, _CHUNK, self._after)
+        self._after = removed.last
+        return removed.count
+
+    async def count(self, connection: AsyncConnection) -> bool:
+        await self._horizon.advance(connection)
+        last = self._horizon.position
+        if last is None:
+            # Transactions under way may still commit events. The next run counts them.
+            return False
+        return await removing.count_events(connection, last.event_id, _EVENT_CHUNK)
+
+    async def remove_surplus(self, connection: AsyncConnection) -> int:
+        """Remove some of the surplus of some users, the same number of each."""
+        found = await removing.find_surplus(connection, self._most, _USERS_AT_ONCE)
+        removed = 0
+        for one in found:
+            removed += await removing.remove_surplus_events(
+                connection, one.user_id, one.surplus, _EVENT_CHUNK // len(found)
+            )
+        return removed
 
 
 class Forgetter:
@@ -60,20 +88,26 @@ class Forgetter:
         audit_retention: timedelta | None,
         *,
         event_retention: timedelta = timedelta(days=7),
+        most_job_events: int = bounds.MAX_QUOTA,
         most_requests: int = _MOST_REQUESTS,
         most_events: int = _MOST_EVENTS,
     ) -> None:
         """`audit_retention` None means for ever.
 
-        `most_requests` are those of one user, `most_events` those of one actor about one user.
+        `most_job_events` is the default quota of a user. `most_requests` are those of one user,
+        `most_events` those of one actor about one user.
         """
         self._engine = engine
+        job_events = _JobEvents(engine, event_retention, most_job_events)
+        self._often: list[_Removal] = [job_events.count, job_events.remove_surplus]
+        # When to remove the rest again, by the loop's clock.
+        self._next_at = 0.0
         self._removals: list[_Removal] = [
             partial(storage.remove_requests, older_than=REQUESTS_KEPT, limit=_CHUNK),
             partial(storage.remove_surplus_requests, most=most_requests, limit=_CHUNK),
             partial(storage.remove_surplus_events, most=most_events, limit=_CHUNK),
             partial(remove_old_deliveries, older_than=event_retention, limit=_CHUNK),
-            _OldEvents(event_retention).remove,
+            job_events.remove_old,
         ]
         if audit_retention is not None:
             self._removals.append(
@@ -86,11 +120,21 @@ class Forgetter:
         await self._loop.run(stop)
 
     async def _step(self) -> timedelta:
-        await self.forget()
-        return _INTERVAL
+        await self._repeat(self._often)
+        if time.monotonic() >= self._next_at:
+            await self._repeat(self._removals)
+            self._next_at = time.monotonic() + _INTERVAL.total_seconds()
+        return _OFTEN
 
     async def forget(self) -> None:
         """Remove everything that is too old or too much now."""
-        for removal in self._removals:
-            while await in_transaction(self._engine, removal) and not self._loop.stopping:
-                pass
+        await self._repeat([*self._often, *self._removals])
+
+    async def _repeat(self, removals: Sequence[_Removal]) -> None:
+        for removal in removals:
+            while not self._loop.stopping:
+                begun = time.monotonic()
+                if not await in_transaction(self._engine, removal):
+                    break
+                # So a removal uses at most half of one connection's time.
+                await asyncio.sleep(time.monotonic() - begun)

@@ -196,7 +196,15 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             ids=ids,
             metrics=WebhookMetrics(monitoring.registry),
         )
-        webhooks = WebhookServicer(engine, secrets, poster, changes, ids=ids, wake=delivery.wake)
+        webhooks = WebhookServicer(
+            engine,
+            secrets,
+            poster,
+            changes,
+            quotas=UserQuotas.from_settings(settings),
+            ids=ids,
+            wake=delivery.wake,
+        )
         schema = SchemaGuard(engine)
         server = GrpcServer(
             settings,
@@ -242,7 +250,10 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             partial(delivery.run, stop),
             partial(
                 Forgetter(
-                    engine, settings.audit_retention, event_retention=settings.event_retention
+                    engine,
+                    settings.audit_retention,
+                    event_retention=settings.event_retention,
+                    most_job_events=settings.user_stored_events,
                 ).run,
                 stop,
             ),
@@ -342,6 +353,7 @@ def _services(
         engine,
         loader,
         changes,
+        quotas=quotas,
         imports=imports,
         least_rate=least_rate,
         export_reads=export_reads,

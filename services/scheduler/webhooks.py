@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hmac
 import re
-import secrets
+import secrets as random
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Final
@@ -24,14 +24,19 @@ _LONGEST_PAUSE: Final = timedelta(minutes=5)
 
 def new_secret() -> str:
     """Return a new secret for signatures."""
-    return _PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+    return _PREFIX + base64.b64encode(random.token_bytes(_SECRET_BYTES)).decode()
 
 
-def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """Return the header `webhook-signature` of a request, after Standard Webhooks."""
-    key = base64.b64decode(secret.removeprefix(_PREFIX))
+def sign(secrets: Sequence[str], message_id: str, timestamp: int, body: bytes) -> str:
+    """Return the header `webhook-signature` of a request, after Standard Webhooks.
+
+    It has a signature by each secret, separated by spaces.
+    """
     signed = f"{message_id}.{timestamp}.".encode() + body
-    return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
+    keys = (base64.b64decode(secret.removeprefix(_PREFIX)) for secret in secrets)
+    return " ".join(
+        "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode() for key in keys
+    )
 
 
 def check_url(field: str, text: str, is_listed: Callable[[str], bool] = lambda _: False) -> str:

@@ -135,7 +135,7 @@ async def rotate_webhook_chunk(
     """Rotate the secrets of the first `limit` webhooks after `after_id`."""
     rows: Sequence[Any] = (
         await connection.execute(
-            select(WebhookRow.id, WebhookRow.secret)
+            select(WebhookRow.id, WebhookRow.secret, WebhookRow.old_secret)
             .where(WebhookRow.id > after_id)
             .order_by(WebhookRow.id)
             .limit(limit)
@@ -143,15 +143,20 @@ async def rotate_webhook_chunk(
         )
     ).all()
     rotated, unreadable = 0, []
-    for webhook_id, token in rows:
+    for webhook_id, *tokens in rows:
         try:
-            renewed = secrets.rotate(token)
+            renewed = [None if token is None else secrets.rotate(token) for token in tokens]
         except FailedPrecondition:
             unreadable.append(webhook_id)
             continue
-        if renewed is not None:
+        changed = {
+            name: token
+            for name, token in zip(("secret", "old_secret"), renewed, strict=True)
+            if token is not None
+        }
+        if changed:
             rotated += 1
             await connection.execute(
-                update(WebhookRow).where(WebhookRow.id == webhook_id).values(secret=renewed)
+                update(WebhookRow).where(WebhookRow.id == webhook_id).values(changed)
             )
     return RotatedChunk(len(rows), rotated, unreadable, rows[-1].id if rows else None)

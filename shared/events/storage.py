@@ -1,11 +1,11 @@
-"""All SQL of the changes of jobs, except for the triggers that write them (migration 0021).
+"""The SQL that reads the changes of jobs. Triggers write them (migration 0021).
 
 Every statement reads a bounded number of rows by an index, whatever the size of the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -16,20 +16,19 @@ from sqlalchemy import (
     Integer,
     SmallInteger,
     Text,
+    any_,
     bindparam,
     column,
-    delete,
     func,
-    literal,
     select,
     text,
     true,
     tuple_,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.shared.database.models import Attempt, JobEvent
+from outbox_server.shared.database.models import Attempt, JobEvent, JobEventCount
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 
 # The advisory lock that every transaction with events holds, shared. The triggers name it, too.
@@ -38,9 +37,6 @@ _WRITERS: Final = 7_402_311_917
 _CLOCK_TOLERANCE: Final = timedelta(seconds=1)
 # Events of one moment may have ids in another order, by as much as a transaction takes.
 _DISORDER: Final = timedelta(minutes=1)
-# An event is kept this much longer than it may be asked for, because it may have been committed
-# later than it was recorded.
-_GRACE: Final = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +191,11 @@ async def read_events(
     return found
 
 
+_REMOVED: Final = select(JobEventCount.user_id, JobEventCount.removed_to).where(
+    JobEventCount.user_id == any_(bindparam("users", type_=ARRAY(Text))),
+    JobEventCount.removed_to > 0,
+)
+
 _attempt_key = (
     func.unnest(
         bindparam("ids", type_=ARRAY(BigInteger)), bindparam("attempts", type_=ARRAY(SmallInteger))
@@ -237,18 +238,30 @@ async def read_outcomes(
     }
 
 
-async def is_valid(
-    connection: AsyncConnection, position: EventPosition, retention: timedelta
-) -> bool:
-    """Return whether all events after `position` can still be read.
+async def removed_up_to(connection: AsyncConnection, user_ids: Collection[str]) -> dict[str, int]:
+    """Return up to which id events of each user were removed. Users without any are left out.
 
-    They cannot if it is older than the retention. Nor can they if the database was restored, or if
-    a replica took over that had not received the last events: ids are then drawn again. So the
-    position is of another past if its id was not drawn yet, or if an event up to its id is younger
+    Read it after the events: then none was removed unnoticed between the two statements.
+    """
+    rows = await connection.execute(_REMOVED, {"users": sorted(set(user_ids))})
+    return {row.user_id: row.removed_to for row in rows}
+
+
+async def is_valid(
+    connection: AsyncConnection, position: EventPosition, user_id: str, retention: timedelta
+) -> bool:
+    """Return whether all events of a user after `position` can still be read.
+
+    They cannot if some were removed, or it is older than the retention. Nor can they if the
+    database was restored, or if a replica took over that had not received the last events: ids are
+    then drawn again. So the position is of another past if its id was not drawn yet, or if an event
+    up to its id is younger
     than the position.
     """
     drawn = await read_drawn(connection)
     if position.event_id > drawn.event_id or position.at < drawn.at - retention:
+        return False
+    if position.event_id < (await removed_up_to(connection, (user_id,))).get(user_id, 0):
         return False
     newest = (
         select(JobEvent.happened_at)
@@ -260,8 +273,11 @@ async def is_valid(
     return happened_at is None or happened_at <= position.at + _CLOCK_TOLERANCE
 
 
-async def find_start(connection: AsyncConnection, start: datetime) -> EventPosition:
-    """Return a position before all events from `start` on, and after most earlier ones."""
+async def find_start(connection: AsyncConnection, start: datetime, user_id: str) -> EventPosition:
+    """Return a position before all events from `start` on, and after most earlier ones.
+
+    If events of the user were removed that are later than `start`, it is the position after them.
+    """
     wanted = start - _DISORDER
     first = await connection.scalar(select(JobEvent.id).order_by(JobEvent.id).limit(1))
     last = await connection.scalar(select(JobEvent.id).order_by(JobEvent.id.desc()).limit(1))
@@ -282,21 +298,5 @@ async def find_start(connection: AsyncConnection, start: datetime) -> EventPosit
             high = middle
         else:
             low = found.id
-    return EventPosition(low, drawn.at)
-
-
-async def remove_old_events(
-    connection: AsyncConnection, older_than: timedelta, limit: int, after: int = 0
-) -> list[int]:
-    """Remove the oldest events after an id, at most `limit`. Return their ids."""
-    oldest = select(JobEvent.id).where(JobEvent.id > after).order_by(JobEvent.id).limit(limit)
-    removed = await connection.execute(
-        delete(JobEvent)
-        .where(
-            JobEvent.id.in_(oldest.with_for_update(skip_locked=True)),
-            JobEvent.happened_at
-            < func.statement_timestamp() - literal(older_than + _GRACE, INTERVAL),
-        )
-        .returning(JobEvent.id)
-    )
-    return list(removed.scalars())
+    removed = await removed_up_to(connection, (user_id,))
+    return EventPosition(max(low, removed.get(user_id, 0)), drawn.at)

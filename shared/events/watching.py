@@ -29,6 +29,7 @@ from outbox_server.shared.events.storage import (
     is_valid,
     read_events,
     read_outcomes,
+    removed_up_to,
 )
 from outbox_server.shared.fair_shares import Claimant
 from outbox_server.shared.loops import Loop
@@ -190,7 +191,9 @@ class EventWatch:
     async def _check_positions(self, connection: AsyncConnection) -> None:
         for watcher in list(self._watchers):
             after = watcher.after
-            if after is not None and not await is_valid(connection, after, self._retention):
+            if after is not None and not await is_valid(
+                connection, after, watcher.which.user_id, self._retention
+            ):
                 watcher.is_expired = True
                 watcher.changed.set()
 
@@ -202,12 +205,17 @@ class EventWatch:
         queries = [EventQuery(watcher.which.user_id, after.event_id) for watcher, after in watchers]
         most = min(self._most, max(_MOST_READ // len(watchers), _LEAST))
         found = await read_events(connection, queries, horizon.event_id, most)
+        removed = await removed_up_to(connection, [query.user_id for query in queries])
         wanted = [
             [event for event in events if watcher.which.passes(event)]
             for (watcher, _), events in zip(watchers, found, strict=True)
         ]
         outcomes = await read_outcomes(connection, [one for events in wanted for one in events])
-        for (watcher, _), events, passing in zip(watchers, found, wanted, strict=True):
+        for (watcher, before), events, passing in zip(watchers, found, wanted, strict=True):
+            if before.event_id < removed.get(watcher.which.user_id, 0):
+                watcher.is_expired = True
+                watcher.changed.set()
+                continue
             more = len(events) == most
             # At the time of the horizon, all events up to this one were committed, too.
             after = EventPosition(events[-1].event_id, horizon.at) if more else horizon

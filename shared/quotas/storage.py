@@ -15,7 +15,15 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.counts import user_counts
-from outbox_server.shared.database.models import BatchRejection, Sender, UserRow
+from outbox_server.shared.database.models import (
+    BatchRejection,
+    JobEventCount,
+    Sender,
+    Suppression,
+    SuppressionCount,
+    UserRow,
+    WebhookRow,
+)
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.user_quotas import QUOTAS, UserQuotas
 
@@ -75,15 +83,23 @@ class UserUsage:
     waiting_jobs: int
     senders: int
     stored_rejections: int
+    stored_events: int
+    suppressions: int
+    webhooks: int
 
 
 async def read_usage(connection: AsyncConnection, user_id: str) -> UserUsage:
     """Return the current numbers of a user. Jobs that are being sent count as waiting."""
     stored = owned_by(select(UserRow.stored_rejections_count), UserRow.user_id, user_id)
+    events = owned_by(select(JobEventCount.n), JobEventCount.user_id, user_id)
+    suppressions = owned_by(select(SuppressionCount.n), SuppressionCount.user_id, user_id)
     return UserUsage(
         waiting_jobs=(await user_counts(connection, user_id)).open,
         senders=await _count_senders(connection, user_id),
         stored_rejections=await connection.scalar(stored) or 0,
+        stored_events=await connection.scalar(events) or 0,
+        suppressions=await connection.scalar(suppressions) or 0,
+        webhooks=await _count_webhooks(connection, user_id),
     )
 
 
@@ -114,6 +130,44 @@ async def lock_and_check_senders(
     await lock_user(connection, user_id)
     quotas = await read_quotas(connection, user_id, defaults)
     refusal = quotas.exceeded("senders", user_id, await _count_senders(connection, user_id))
+    if refusal is not None:
+        raise refusal
+
+
+async def lock_and_check_webhooks(
+    connection: AsyncConnection, user_id: str, defaults: UserQuotas
+) -> None:
+    """Lock the user, and check that it may have one more webhook.
+
+    Raises:
+        ResourceExhausted: USER_WEBHOOKS_EXCEEDED.
+    """
+    await lock_user(connection, user_id)
+    quotas = await read_quotas(connection, user_id, defaults)
+    refusal = quotas.exceeded("webhooks", user_id, await _count_webhooks(connection, user_id))
+    if refusal is not None:
+        raise refusal
+
+
+async def check_suppressions(
+    connection: AsyncConnection, user_id: str, more: int, defaults: UserQuotas
+) -> None:
+    """Check that a user may have `more` suppressions. The user's suppressions must be locked.
+
+    Raises:
+        ResourceExhausted: USER_SUPPRESSIONS_EXCEEDED.
+    """
+    stored = owned_by(select(SuppressionCount.n), SuppressionCount.user_id, user_id)
+    current = await connection.scalar(stored)
+    if current is None:
+        # Once per user: from now on, triggers count.
+        counted = owned_by(select(func.count()), Suppression.user_id, user_id)
+        current = await connection.scalar(counted) or 0
+        await connection.execute(
+            insert(SuppressionCount).values(user_id=owner_of(user_id), n=current)
+        )
+    quotas = await read_quotas(connection, user_id, defaults)
+    refusal = quotas.exceeded("suppressions", user_id, current, more)
     if refusal is not None:
         raise refusal
 
@@ -168,3 +222,8 @@ async def _count_senders(connection: AsyncConnection, user_id: str) -> int:
         await connection.execute(owned_by(statement, Sender.user_id, user_id))
     ).scalar_one()
     return count
+
+
+async def _count_webhooks(connection: AsyncConnection, user_id: str) -> int:
+    statement = owned_by(select(func.count()), WebhookRow.user_id, user_id)
+    return await connection.scalar(statement) or 0

@@ -26,9 +26,12 @@ from outbox_server.services.scheduler.storage.users import list_users
 from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.intake.tags import external_key
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.user_quotas import UserQuotas
 from tests.dispatchers import options, settings_of
 from tests.world import World
 
+QUOTAS: Final = UserQuotas.from_settings(load_settings())
 # Of the user big: one large batch, half of it sent, and many small ones. Others have as many.
 LARGE: Final = 40_000
 SMALL: Final = 2_500
@@ -233,7 +236,7 @@ async def test_an_import_finds_waiting_mail_by_its_addresses(
 ) -> None:
     async with filled(new_database(), redis_url, analysed=True) as engine:
         reasons = {f"R{n}@y.test": "" for n in range(30_000, 31_000)}
-        call = partial(suppress_all, user_id="big", reasons=reasons)
+        call = partial(suppress_all, user_id="big", reasons=reasons, quotas=QUOTAS)
         (created, part), rows, report = await reads_of(engine, call)
         assert (created, part.ended.jobs) == (1_000, 1_000)
         assert "Seq Scan on email_jobs" not in report, report
@@ -247,8 +250,8 @@ async def test_a_suppression_reads_few_jobs_of_others_to_its_address(
     address = "r7@y.test"
     async with filled(new_database(), redis_url, analysed=True) as engine:
         for call in (
-            partial(insert_suppression, user_id="u11", address=address, reason=""),
-            partial(suppress_all, user_id="u12", reasons={address: ""}),
+            partial(insert_suppression, user_id="u11", address=address, reason="", quotas=QUOTAS),
+            partial(suppress_all, user_id="u12", reasons={address: ""}, quotas=QUOTAS),
             partial(suppress_erased, user_id="u13", address=address),
         ):
             (_, part), _, report = await reads_of(engine, call)

@@ -24,7 +24,7 @@ async def test_an_answer_of_informational_responses_without_an_end_is_given_up()
     port = server.sockets[0].getsockname()[1]
     poster = WebhookPoster(Egress(["127.0.0.1"]), TlsContexts())
     message = WebhookMessage(
-        f"http://127.0.0.1:{port}/", "msg_1", "webhook.test", {}, "a", "whsec_AAAA"
+        f"http://127.0.0.1:{port}/", "msg_1", "webhook.test", {}, "a", ("whsec_AAAA",)
     )
     result = await poster.post(message)
     server.close()

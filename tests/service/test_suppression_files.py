@@ -16,6 +16,7 @@ from outbox.v1.email_job_service_pb2 import ListEmailJobsRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import (
     CreateSuppressionRequest,
+    DeleteSuppressionRequest,
     EraseRecipientRequest,
     ExportSuppressionsRequest,
     ExportSuppressionsResponse,
@@ -230,3 +231,56 @@ async def test_invalid_imports_are_refused(scheduler: Scheduler) -> None:
     with pytest.raises(grpc.RpcError, match="must be set in a message"):
         await scheduler.suppressions.ImportSuppressions(iter([]))
     assert scheduler.value("SELECT count(*) FROM suppressions") == 0
+
+
+async def test_suppressions_have_a_quota_that_no_erasure_needs(
+    database_url: str, redis_url: str
+) -> None:
+    async with running_scheduler(database_url, redis_url, user_suppressions=1_500) as scheduler:
+
+        async def create(email: str, user_id: str = "ann") -> Suppression:
+            suppression = Suppression(email=email)
+            return await scheduler.suppressions.CreateSuppression(
+                CreateSuppressionRequest(user_id=user_id, suppression=suppression)
+            )
+
+        # As an older release stored it: the first call counts it.
+        scheduler.execute(
+            "INSERT INTO suppressions (user_id, address) SELECT 'ann', n || '@old.org'"
+            " FROM generate_series(1, 400) n"
+        )
+        csv = "email\n" + "".join(f"{n}@b.org\n" for n in range(2_000))
+        refusal = await refusal_of(imported(scheduler, chunks(csv, 10_000)))
+        assert (refusal.code, refusal.reason) == (
+            "RESOURCE_EXHAUSTED",
+            "USER_SUPPRESSIONS_EXCEEDED",
+        )
+        assert refusal.metadata == {
+            "user": "ann",
+            "limit": "1500",
+            "current": "1400",
+            "created_count": "1000",
+        }
+        count = "SELECT count(*) FROM suppressions WHERE user_id = 'ann'"
+        assert scheduler.value(count) == 1_400
+        made = await asyncio.gather(
+            *(create(f"{n}@c.org") for n in range(120)), return_exceptions=True
+        )
+        assert len([one for one in made if isinstance(one, Suppression)]) == 100
+        assert scheduler.value(count) == 1_500
+        refusal = await refusal_of(create("x@c.org"))
+        assert refusal.reason == "USER_SUPPRESSIONS_EXCEEDED"
+        # What is suppressed already needs no place, and others have their own.
+        assert await create("1@old.org")
+        assert (await imported(scheduler, chunks("email\n1@b.org\n"))).existing_count == 1
+        assert await create("x@c.org", "bob")
+        await scheduler.suppressions.EraseRecipient(
+            EraseRecipientRequest(user_id="ann", email="gone@c.org")
+        )
+        for email in ("1@b.org", "2@b.org"):
+            await scheduler.suppressions.DeleteSuppression(
+                DeleteSuppressionRequest(user_id="ann", email=email)
+            )
+        assert await create("x@c.org")
+        stored = dict(scheduler.rows("SELECT user_id, n FROM suppression_counts"))
+        assert stored == {"ann": scheduler.value(count), "bob": 1}

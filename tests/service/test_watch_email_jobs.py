@@ -17,7 +17,7 @@ from outbox.v1.email_job_event_service_pb2 import WatchEmailJobsRequest, WatchEm
 from outbox.v1.email_job_service_pb2 import CancelEmailJobRequest
 
 from outbox_server.shared.database.engine import create_engine
-from outbox_server.shared.events.storage import remove_old_events
+from outbox_server.shared.events.removing import remove_old_events
 from outbox_server.shared.events.watching import EventFilter, EventWatch
 from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
@@ -276,8 +276,9 @@ async def test_old_events_are_removed_and_a_token_from_before_is_refused(
         engine = create_engine(scheduler.settings)
         async with engine.begin() as connection:
             retention = scheduler.settings.event_retention
-            [removed] = await remove_old_events(connection, retention, 10)
-            assert await remove_old_events(connection, retention, 10, removed) == []
+            removed = await remove_old_events(connection, retention, 10)
+            assert removed.count == 1
+            assert (await remove_old_events(connection, retention, 10, removed.last)).count == 0
         await engine.dispose()
         assert scheduler.value("SELECT count(*) FROM job_events") == 1
         resumed = await Watch(scheduler, resume_token=watch.token).begun()

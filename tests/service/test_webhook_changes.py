@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import pytest
 import pytest_asyncio
@@ -13,15 +15,17 @@ from outbox.v1.webhook_service_pb2 import (
     GetWebhookRequest,
     ListWebhookDeliveriesRequest,
     ListWebhooksRequest,
+    RotateWebhookSecretRequest,
     UpdateWebhookRequest,
 )
 from outbox.v1.webhook_service_pb2 import TestWebhookRequest as TryRequest
 
+from outbox_server.services.scheduler.webhooks import sign
 from outbox_server.shared.secrets import generate_key
 from tests.commands import outbox
 from tests.misbehaving import EitherClient
-from tests.scheduler_stack import Scheduler, running_scheduler
-from tests.service.test_webhooks import create, receiving
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.service.test_webhooks import Post, create, receiving
 
 URL = "https://example.com/hook"
 
@@ -123,3 +127,58 @@ async def test_the_clients_list_webhooks_and_deliveries_across_pages(
     request = ListWebhookDeliveriesRequest(webhook_id=made[0], page_size=2)
     deliveries = await client.do(scheduler.address, lambda c: c.list_webhook_deliveries(request))
     assert [one.webhook_delivery_id for one in deliveries] == ["1", "2", "3"]
+
+
+def signers(post: Post, **secrets: str) -> list[str]:
+    """Return whose signatures a request has, in their order."""
+    stamp = int(post.headers["webhook-timestamp"])
+    names = {
+        sign([secret], post.headers["webhook-id"], stamp, post.body): name
+        for name, secret in secrets.items()
+    }
+    return [names[one] for one in post.headers["webhook-signature"].split(" ")]
+
+
+async def test_the_secret_before_a_rotation_signs_too_for_a_time(scheduler: Scheduler) -> None:
+    async with receiving() as receiver:
+        webhook = await create(scheduler, receiver.url)
+        test = TryRequest(webhook_id=webhook.webhook_id)
+        request = RotateWebhookSecretRequest(
+            webhook_id=webhook.webhook_id, request_id="once", etag=webhook.etag
+        )
+        rotated = await scheduler.webhooks.RotateWebhookSecret(request)
+        assert await scheduler.webhooks.RotateWebhookSecret(request) == rotated
+        assert rotated.secret.startswith("whsec_")
+        assert rotated.etag != webhook.etag
+        left = scheduler.value("SELECT old_secret_until - now() FROM webhooks")
+        assert timedelta(hours=23) < left <= timedelta(hours=24)
+        await scheduler.webhooks.TestWebhook(test)
+        secrets = {"first": webhook.secret, "second": rotated.secret}
+        assert signers(receiver.posts[-1], **secrets) == ["second", "first"]
+        scheduler.execute("UPDATE webhooks SET old_secret_until = now()")
+        await scheduler.webhooks.TestWebhook(test)
+        assert signers(receiver.posts[-1], **secrets) == ["second"]
+        found = await scheduler.webhooks.GetWebhook(
+            GetWebhookRequest(webhook_id=webhook.webhook_id)
+        )
+        assert (found.secret, found.HasField("old_secret_expire_time")) == ("", False)
+        # After a leak, the old one ends at once.
+        words = ("webhooks", "rotate-secret", webhook.webhook_id, "--keep-old", "0s")
+        shown = re.search(r"whsec_\S+", (await outbox(scheduler, *words)).stdout)
+        assert shown is not None
+        secrets["third"] = shown[0]
+        await scheduler.webhooks.TestWebhook(test)
+        assert signers(receiver.posts[-1], **secrets) == ["third"]
+    stored = b"".join(scheduler.rows("SELECT secret, old_secret FROM webhooks")[0])
+    answers = b"".join(row[0] for row in scheduler.rows("SELECT answer FROM change_requests"))
+    for secret in secrets.values():
+        assert secret.encode() not in stored + answers
+    assert actions(scheduler).count("RotateWebhookSecret") == 2
+    for days in (-1, 8):
+        request = RotateWebhookSecretRequest(webhook_id=webhook.webhook_id)
+        request.old_secret_duration.FromTimedelta(timedelta(days=days))
+        refusal = await refusal_of(scheduler.webhooks.RotateWebhookSecret(request))
+        assert refusal.reason == "OLD_SECRET_DURATION_INVALID"
+    request = RotateWebhookSecretRequest(webhook_id=webhook.webhook_id, user_id="bob")
+    refusal = await refusal_of(scheduler.webhooks.RotateWebhookSecret(request))
+    assert refusal.reason == "WEBHOOK_NOT_FOUND"

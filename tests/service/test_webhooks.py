@@ -137,7 +137,7 @@ async def test_events_are_posted_in_order_and_signed(scheduler: Scheduler) -> No
     assert first.headers["webhook-id"] != second.headers["webhook-id"]
     for post in receiver.posts:
         stamp = int(post.headers["webhook-timestamp"])
-        expected = sign(webhook.secret, post.headers["webhook-id"], stamp, post.body)
+        expected = sign([webhook.secret], post.headers["webhook-id"], stamp, post.body)
         assert post.headers["webhook-signature"] == expected
 
 
@@ -145,7 +145,7 @@ def test_a_signature_is_that_of_standard_webhooks() -> None:
     # The example of the specification's reference libraries.
     assert (
         sign(
-            "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"],
             "msg_p5jXN8AQM9LWM0D4loKWxJek",
             1614265330,
             b'{"test": 2432232314}',

@@ -81,10 +81,10 @@ class EmailJobEventServicer(email_job_event_service_pb2_grpc.EmailJobEventServic
             ):
                 raise not_found("batch_id", request.batch_id)
             if position is not None:
-                if not await is_valid(connection, position, self._retention):
+                if not await is_valid(connection, position, which.user_id, self._retention):
                     raise expired()
                 return position
-            return None if time is None else await find_start(connection, time)
+            return None if time is None else await find_start(connection, time, which.user_id)
 
 
 def _filter(

@@ -33,7 +33,7 @@ from outbox_server.services.scheduler.suppression_imports import (
 )
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant
-from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.errors import InvalidInput, NotFound, ResourceExhausted
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.intake.addresses import BadAddress, check_address
@@ -43,6 +43,7 @@ from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
+from outbox_server.shared.user_quotas import UserQuotas
 
 _MAX_SHOWN: Final = 80
 _EXPORT: Final = "exported suppressions"
@@ -58,14 +59,16 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         loader: HeadLoader,
         changes: Changes,
         *,
+        quotas: UserQuotas,
         imports: ImportReader,
         least_rate: LeastRate,
         export_reads: FairShares,
     ) -> None:
-        """`export_reads` has a place for each page of an export that is being read."""
+        """`quotas` are the defaults. `export_reads` has a place for each page that is read."""
         self._engine = engine
         self._loader = loader
         self._changes = changes
+        self._quotas = quotas
         self._imports = imports
         self._least_rate = least_rate
         self._export_reads = export_reads
@@ -82,7 +85,9 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         reason = bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason)
 
         async def create(connection: AsyncConnection) -> Made[suppression_pb2.Suppression]:
-            created, part = await storage.insert_suppression(connection, user_id, address, reason)
+            created, part = await storage.insert_suppression(
+                connection, user_id, address, reason, self._quotas
+            )
 
             def made(jobs: int) -> Made[suppression_pb2.Suppression]:
                 return Made(
@@ -186,7 +191,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         async def store(
             connection: AsyncConnection,
         ) -> Made[suppression_service_pb2.ImportSuppressionsResponse]:
-            created, part = await suppress_all(connection, user_id, block.reasons)
+            created, part = await suppress_all(connection, user_id, block.reasons, self._quotas)
 
             def made(
                 created: int, jobs: int
@@ -214,7 +219,10 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
             return made(created, part.ended.jobs)
 
         kind = suppression_service_pb2.ImportSuppressionsResponse
-        done = await self._changes.make(request, user_id, kind, store)
+        try:
+            done = await self._changes.make(request, user_id, kind, store)
+        except ResourceExhausted as error:
+            raise _stopped(error, answer) from None
         answer.created_count += done.created_count
         answer.existing_count += done.existing_count
         answer.suppressed_job_count += done.suppressed_job_count
@@ -315,6 +323,19 @@ def _import_options(
     bounds.SUPPRESSION_REASON.check("suppression_reason", first.suppression_reason)
     check_csv_options(first.email_column, first.skip_lines)
     return ImportOptions(first.suppression_reason, first.email_column, first.skip_lines)
+
+
+def _stopped(
+    error: ResourceExhausted, answer: suppression_service_pb2.ImportSuppressionsResponse
+) -> ResourceExhausted:
+    """Return the error of a quota, with what the import has stored before."""
+    return ResourceExhausted(
+        f"{error.message}; the import stopped there, and had suppressed {answer.created_count:,} "
+        "new addresses",
+        reason=error.reason,
+        metadata=error.metadata | {"created_count": str(answer.created_count)},
+        retry_after=error.retry_after,
+    )
 
 
 async def _parts(

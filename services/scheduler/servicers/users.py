@@ -148,6 +148,9 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
                 waiting_job_count=usage.waiting_jobs,
                 sender_count=usage.senders,
                 stored_rejection_count=usage.stored_rejections,
+                stored_event_count=usage.stored_events,
+                suppression_count=usage.suppressions,
+                webhook_count=usage.webhooks,
             ),
             update_time=None if record.updated_at is None else to_timestamp(record.updated_at),
         )

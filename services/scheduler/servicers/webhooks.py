@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets as random
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
@@ -17,15 +18,26 @@ from outbox_server.services.scheduler.storage.senders import read_sender
 from outbox_server.services.scheduler.storage.webhooks import DeliveryRecord, WebhookRecord
 from outbox_server.services.scheduler.webhook_posts import WebhookMessage, WebhookPoster
 from outbox_server.services.scheduler.webhooks import message_id, new_secret
+from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id, to_timestamp
+from outbox_server.shared.rpc.proto_mapping import (
+    from_duration,
+    id_text,
+    not_found,
+    parse_id,
+    to_timestamp,
+)
 from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import JobState, requested_enum
+from outbox_server.shared.user_quotas import UserQuotas
 
 _FIELDS: Final = ("url", "states", "disabled")
+# How long the old secret signs too after a rotation, if the call does not say.
+_OLD_SECRET_DURATION: Final = timedelta(hours=24)
 _TESTS_AT_ONCE: Final = 8
 _TESTS_WAITING: Final = 100
 
@@ -40,14 +52,16 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         poster: WebhookPoster,
         changes: Changes,
         *,
+        quotas: UserQuotas,
         ids: IdSource,
         wake: Callable[[], None],
     ) -> None:
-        """`wake` lets the worker of this process look for work."""
+        """`quotas` are the defaults. `wake` lets the worker of this process look for work."""
         self._engine = engine
         self._secrets = secrets
         self._poster = poster
         self._changes = changes
+        self._quotas = quotas
         self._ids = ids
         self._wake = wake
         # TestWebhook waits for a server of the user's.
@@ -77,11 +91,17 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
                 self._ids.issue(),
                 user_id,
                 values | {"secret": self._secrets.encrypt(new_secret())},
+                self._quotas,
             )
             return _made(created, after=_audited(created), wake=self._wake)
 
         answer = await self._changes.make(request, user_id, webhook_pb2.Webhook, create)
-        # What is stored for a repeated call does not have it.
+        return await self._with_secret(answer, user_id)
+
+    async def _with_secret(
+        self, answer: webhook_pb2.Webhook, user_id: str | None
+    ) -> webhook_pb2.Webhook:
+        """Return the answer with the present secret, which is not stored for a repeated call."""
         async with self._engine.connect() as connection:
             found = await self._found(connection, answer.webhook_id, user_id)
         answer.secret = self._secrets.decrypt(found.secret)
@@ -137,6 +157,30 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
 
         return await self._changes.make(request, user_id, webhook_pb2.Webhook, update)
 
+    async def RotateWebhookSecret(
+        self,
+        request: webhook_service_pb2.RotateWebhookSecretRequest,
+        context: Context,
+    ) -> webhook_pb2.Webhook:
+        """Replace the secret of a webhook, and return the new one."""
+        user_id = acting_user(request.user_id)
+        keep = _old_secret_duration(request)
+
+        async def rotate(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
+            before = await self._found(connection, request.webhook_id, user_id, lock=True)
+            check_etag(request.etag, str(before.revision), "this webhook")
+            rotated = await storage.rotate_secret(
+                connection,
+                before.webhook_id,
+                user_id,
+                self._secrets.encrypt(new_secret()),
+                keep,
+            )
+            return _made(rotated, after={"old_secret_duration": format_duration(keep)})
+
+        answer = await self._changes.make(request, user_id, webhook_pb2.Webhook, rotate)
+        return await self._with_secret(answer, user_id)
+
     async def DeleteWebhook(
         self,
         request: webhook_service_pb2.DeleteWebhookRequest,
@@ -171,7 +215,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
                     kind="webhook.test",
                     data={"webhook_id": id_text(webhook.webhook_id)},
                     user_id=webhook.user_id,
-                    secret=self._secrets.decrypt(webhook.secret),
+                    secrets=webhook.secrets(self._secrets),
                 )
             )
             answer = webhook_service_pb2.TestWebhookResponse(
@@ -328,6 +372,26 @@ def _masked(request: webhook_service_pb2.UpdateWebhookRequest) -> Iterator[str]:
             )
 
 
+def _old_secret_duration(request: webhook_service_pb2.RotateWebhookSecretRequest) -> timedelta:
+    """Return how long the old secret signs too.
+
+    Raises:
+        InvalidInput: OLD_SECRET_DURATION_INVALID.
+    """
+    if not request.HasField("old_secret_duration"):
+        return _OLD_SECRET_DURATION
+    keep = from_duration(request.old_secret_duration, "old_secret_duration")
+    if not timedelta(0) <= keep <= bounds.MAX_OLD_SECRET_DURATION:
+        raise InvalidInput.field(
+            "old_secret_duration",
+            f"must be 0 to {format_duration(bounds.MAX_OLD_SECRET_DURATION)}"
+            f" (got {keep.total_seconds():g} s); unset means"
+            f" {format_duration(_OLD_SECRET_DURATION)}",
+            reason="OLD_SECRET_DURATION_INVALID",
+        )
+    return keep
+
+
 def _states(asked: webhook_pb2.Webhook) -> list[int]:
     states = (
         requested_enum(JobState, number, f"webhook.states[{index}]")
@@ -385,6 +449,8 @@ def _to_webhook(record: WebhookRecord) -> webhook_pb2.Webhook:
         last_error=record.error or "",
         etag=str(record.revision),
     )
+    if record.old_secret_until is not None:
+        webhook.old_secret_expire_time.CopyFrom(to_timestamp(record.old_secret_until))
     if record.failing_since is not None:
         webhook.failing_since_time.CopyFrom(to_timestamp(record.failing_since))
     return webhook

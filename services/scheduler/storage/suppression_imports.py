@@ -22,19 +22,24 @@ from outbox_server.services.scheduler.storage.suppressions import (
 )
 from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.intake.addresses import keys_of
+from outbox_server.shared.quotas.storage import check_suppressions
 from outbox_server.shared.states import SuppressionForm
+from outbox_server.shared.user_quotas import UserQuotas
 
 # An address to which more jobs go is not looked for by its index, which has jobs of all users.
 _MOST_OF_ADDRESS: Final = 200
 
 
 async def suppress_all(
-    connection: AsyncConnection, user_id: str, reasons: Mapping[str, str]
+    connection: AsyncConnection, user_id: str, reasons: Mapping[str, str], quotas: UserQuotas
 ) -> tuple[int, EndedPart]:
     """Suppress addresses, and end the first waiting jobs to them. `reasons` are by address.
 
     Each is suppressed as by `insert_suppression`, and `end_part` ends the rest. Return how many
-    were not suppressed before.
+    were not suppressed before. `quotas` are the defaults.
+
+    Raises:
+        ResourceExhausted: USER_SUPPRESSIONS_EXCEEDED; none of them is suppressed.
     """
     await lock_suppressions(connection, user_id)
     keys = {address: keys_of(address) for address in reasons}
@@ -42,10 +47,11 @@ async def suppress_all(
     known = await suppressed_among(connection, user_id, keys, erased=erased)
     # Two spellings of one address have one key.
     new = {keys[each][0]: each for each in reversed([*reasons]) if each not in known}
+    folded = {both[1]: "" for each in new.values() if (both := keys[each])[0] != both[1]}
     if new:
+        await check_suppressions(connection, user_id, len({*new, *folded}), quotas)
         exact = {key: reasons[address] for key, address in new.items()}
         await store_suppressions(connection, user_id, _rows(exact), SuppressionForm.EXACT)
-    folded = {both[1]: "" for each in new.values() if (both := keys[each])[0] != both[1]}
     if folded:
         form = SuppressionForm.FOR_OLDER_RELEASES
         await store_suppressions(connection, user_id, _rows(folded), form)

@@ -40,7 +40,9 @@ from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
 from outbox_server.shared.database.models import Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.intake.addresses import address_key, folded_key, keys_of
+from outbox_server.shared.quotas.storage import check_suppressions
 from outbox_server.shared.states import SuppressionForm
+from outbox_server.shared.user_quotas import UserQuotas
 
 # The first half of the keys of the advisory locks on a user's suppressions. Any number would do.
 _LOCK_SPACE: Final = 0x5355
@@ -185,12 +187,15 @@ async def has_erased(connection: AsyncConnection, user_id: str) -> bool:
 
 
 async def insert_suppression(
-    connection: AsyncConnection, user_id: str, address: str, reason: str
+    connection: AsyncConnection, user_id: str, address: str, reason: str, quotas: UserQuotas
 ) -> tuple[SuppressionRecord, EndedPart]:
     """Suppress an address, and end the first waiting jobs to it. `end_part` ends the rest.
 
     If the address is suppressed already, that suppression is kept, also if it has only the hash of
-    the address because the person was erased.
+    the address because the person was erased. `quotas` are the defaults.
+
+    Raises:
+        ResourceExhausted: USER_SUPPRESSIONS_EXCEEDED.
     """
     await lock_suppressions(connection, user_id)
     exact, folded = keys_of(address)
@@ -203,6 +208,7 @@ async def insert_suppression(
     stored = await connection.scalar(owned_by(covering, Suppression.user_id, user_id))
     if stored is None:
         stored = exact
+        await check_suppressions(connection, user_id, len({exact, folded}), quotas)
         await store_suppression(
             connection, user_id, literal(exact, Text), SuppressionForm.EXACT, reason
         )

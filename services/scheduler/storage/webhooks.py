@@ -11,13 +11,13 @@ from sqlalchemy import BigInteger, any_, case, delete, func, insert, literal, or
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.shared import bounds
 from outbox_server.shared.database.models import JobEvent, WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
-from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.events.storage import between, event_place, find_start, read_drawn
-from outbox_server.shared.quotas.storage import lock_user
+from outbox_server.shared.quotas.storage import lock_and_check_webhooks
+from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.states import JobState
+from outbox_server.shared.user_quotas import UserQuotas
 
 # A webhook with so many deliveries that will be tried again gets no new ones.
 MOST_PENDING: Final = 20
@@ -33,6 +33,9 @@ class WebhookRecord:
     user_id: str
     url: str
     secret: bytes = field(repr=False)
+    # The secret before a rotation, while it signs too.
+    old_secret: bytes | None = field(repr=False)
+    old_secret_until: datetime | None
     sender_id: int | None
     states: frozenset[JobState]
     disabled: bool
@@ -44,6 +47,15 @@ class WebhookRecord:
     failures: int
     failing_since: datetime | None
     error: str | None
+
+    def secrets(self, box: SecretBox) -> Sequence[str]:
+        """Return the secrets that sign, the present one first.
+
+        Raises:
+            FailedPrecondition: DECRYPTION_FAILED.
+        """
+        stored = (self.secret,) if self.old_secret is None else (self.secret, self.old_secret)
+        return [box.decrypt(each) for each in stored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +74,17 @@ class DeliveryRecord:
     error: str
 
 
-# A request takes at most 10 s, and its statements less than the rest.
+# A process works on a webhook for less than that (webhook_delivery.py).
 LEASE: Final = timedelta(minutes=1)
 _COLUMNS: Final = (
     WebhookRow.id,
     WebhookRow.user_id,
     WebhookRow.url,
     WebhookRow.secret,
+    *(
+        case((WebhookRow.old_secret_until > func.statement_timestamp(), value)).label(value.name)
+        for value in (WebhookRow.old_secret, WebhookRow.old_secret_until)
+    ),
     WebhookRow.sender_id,
     WebhookRow.states,
     WebhookRow.disabled,
@@ -95,9 +111,10 @@ _DELIVERY: Final = (
 
 
 def _record(row: Any) -> WebhookRecord:
-    values = list(row)
-    values[5] = frozenset(map(JobState, values[5]))
-    return WebhookRecord(*values)
+    values = row._asdict()
+    values["webhook_id"] = values.pop("id")
+    values["states"] = frozenset(map(JobState, values["states"]))
+    return WebhookRecord(**values)
 
 
 def _delivery(row: Any) -> DeliveryRecord:
@@ -105,7 +122,11 @@ def _delivery(row: Any) -> DeliveryRecord:
 
 
 async def insert_webhook(
-    connection: AsyncConnection, webhook_id: int, user_id: str, values: Mapping[str, Any]
+    connection: AsyncConnection,
+    webhook_id: int,
+    user_id: str,
+    values: Mapping[str, Any],
+    defaults: UserQuotas,
 ) -> WebhookRecord:
     """Add a webhook, which gets the events from now on, and those of the last minute.
 
@@ -114,15 +135,8 @@ async def insert_webhook(
     Raises:
         ResourceExhausted: USER_WEBHOOKS_EXCEEDED.
     """
-    await lock_user(connection, user_id)
-    count = select(func.count()).select_from(WebhookRow)
-    present = await connection.scalar(owned_by(count, WebhookRow.user_id, user_id)) or 0
-    if present >= bounds.MAX_WEBHOOKS:
-        raise ResourceExhausted(
-            f"a user has at most {bounds.MAX_WEBHOOKS} webhooks; delete one first",
-            reason="USER_WEBHOOKS_EXCEEDED",
-        )
-    start = await find_start(connection, (await read_drawn(connection)).at)
+    await lock_and_check_webhooks(connection, user_id, defaults)
+    start = await find_start(connection, (await read_drawn(connection)).at, user_id)
     statement = (
         insert(WebhookRow)
         .values(
@@ -169,6 +183,22 @@ async def update_webhook(
     return _record(
         (await connection.execute(owned_by(statement, WebhookRow.user_id, user_id))).one()
     )
+
+
+async def rotate_secret(
+    connection: AsyncConnection,
+    webhook_id: int,
+    user_id: str | None,
+    secret: bytes,
+    keep: timedelta,
+) -> WebhookRecord:
+    """Replace the secret of a webhook that the transaction has locked; `keep` the old one."""
+    values = {
+        "old_secret": WebhookRow.secret,
+        "old_secret_until": func.statement_timestamp() + literal(keep, INTERVAL),
+        "secret": secret,
+    }
+    return await update_webhook(connection, webhook_id, user_id, values)
 
 
 async def delete_webhook(connection: AsyncConnection, webhook_id: int, user_id: str | None) -> None:
@@ -323,6 +353,23 @@ async def read_due_delivery(
     ).one_or_none()
     waiting = select(func.count()).where(mine, WebhookDeliveryRow.next_at.is_not(None))
     return None if row is None else _delivery(row), await connection.scalar(waiting) or 0
+
+
+async def advance(connection: AsyncConnection, webhook: WebhookRecord, after_event: int) -> bool:
+    """Store the new position of a leased webhook. Return False if it must get no more events.
+
+    Its lease may have expired, and its user may have changed, disabled or deleted it.
+    """
+    moved = await connection.execute(
+        update(WebhookRow)
+        .where(
+            WebhookRow.id == webhook.webhook_id,
+            WebhookRow.next_at == webhook.next_at,
+            WebhookRow.revision == webhook.revision,
+        )
+        .values(after_event=after_event)
+    )
+    return bool(moved.rowcount)
 
 
 async def release(

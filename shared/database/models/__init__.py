@@ -20,7 +20,13 @@ from outbox_server.shared.database.models.counts import (
     SenderCount,
     SenderHourCount,
 )
-from outbox_server.shared.database.models.events import JobEvent, WebhookDeliveryRow, WebhookRow
+from outbox_server.shared.database.models.events import (
+    JobEvent,
+    JobEventCount,
+    JobEventCounting,
+    WebhookDeliveryRow,
+    WebhookRow,
+)
 from outbox_server.shared.database.models.installation import (
     AgreedSettingsRow,
     DispatcherRow,
@@ -43,6 +49,7 @@ from outbox_server.shared.database.models.mail import (
     EmailJob,
     HeadMarker,
     Suppression,
+    SuppressionCount,
     UserRow,
 )
 from outbox_server.shared.database.models.senders import Cooldown, OAuth2CredentialsRow, Sender
@@ -72,6 +79,8 @@ __all__ = [
     "HoldRow",
     "Installation",
     "JobEvent",
+    "JobEventCount",
+    "JobEventCounting",
     "OAuth2CredentialsRow",
     "PurgedCount",
     "Sender",
@@ -79,6 +88,7 @@ __all__ = [
     "SenderHourCount",
     "ShardLife",
     "Suppression",
+    "SuppressionCount",
     "UserRow",
     "WebhookDeliveryRow",
     "WebhookRow",

@@ -25,7 +25,7 @@ class JobEvent(Base):
     """One change of a job, or the acceptance of a batch. Triggers of PostgreSQL write it.
 
     It holds no address and no text, so an erasure need not find it. Rows are removed after
-    OUTBOX_EVENT_RETENTION (shared/events/storage.py).
+    OUTBOX_EVENT_RETENTION, or when their user has too many (shared/events/removing.py).
     """
 
     __tablename__ = "job_events"
@@ -50,6 +50,31 @@ class JobEvent(Base):
     __table_args__ = (Index(None, "user_id", "id"),)
 
 
+class JobEventCount(Base):
+    """How many events of a user are stored, and which were removed."""
+
+    __tablename__ = "job_event_counts"
+
+    user_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    # The stored events of the user up to `JobEventCounting.counted_to`.
+    n: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    # Events of the user were removed up to this id. Those after it are all stored.
+    removed_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+    __table_args__ = (CheckConstraint("n >= 0", name="n_not_negative"),)
+
+
+class JobEventCounting(Base):
+    """Up to which event they are counted. Its one row is locked to count and to remove events."""
+
+    __tablename__ = "job_event_counting"
+
+    id: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    counted_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+
 class WebhookRow(Base):
     """A URL to which a user's events are posted, and how far that has come."""
 
@@ -60,6 +85,9 @@ class WebhookRow(Base):
     url: Mapped[str] = mapped_column(Text)
     # A Fernet token.
     secret: Mapped[bytes] = mapped_column(LargeBinary)
+    # The secret before the last rotation signs too until that time.
+    old_secret: Mapped[bytes | None] = mapped_column(LargeBinary)
+    old_secret_until: Mapped[datetime | None] = mapped_column(TIME)
     # Which events are posted. NULL and empty mean any.
     sender_id: Mapped[int | None] = mapped_column(BigInteger)
     states: Mapped[list[int]] = mapped_column(ARRAY(SmallInteger), server_default="{}")

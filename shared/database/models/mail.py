@@ -67,6 +67,9 @@ class UserRow(Base):
     watches: Mapped[int | None] = mapped_column(BigInteger)
     stored_rejections: Mapped[int | None] = mapped_column(BigInteger)
     unproven_endpoints: Mapped[int | None] = mapped_column(BigInteger)
+    stored_events: Mapped[int | None] = mapped_column(BigInteger)
+    suppressions: Mapped[int | None] = mapped_column(BigInteger)
+    webhooks: Mapped[int | None] = mapped_column(BigInteger)
     # Limits of all its senders together; 0 means none, NULL the default.
     hourly_limit: Mapped[int | None] = mapped_column(BigInteger)
     min_gap_ms: Mapped[int | None] = mapped_column(BigInteger)
@@ -364,3 +367,17 @@ class Suppression(Base):
     form: Mapped[int | None] = mapped_column(SmallInteger)
     reason: Mapped[str] = mapped_column(Text, server_default="")
     created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+
+
+class SuppressionCount(Base):
+    """How many rows of `suppressions` a user has. Triggers of PostgreSQL keep it exact.
+
+    It has no row before the first call that is limited by the quota, which counts them.
+    """
+
+    __tablename__ = "suppression_counts"
+
+    user_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    n: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (CheckConstraint("n >= 0", name="n_not_negative"),)
