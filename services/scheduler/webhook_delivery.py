@@ -8,10 +8,12 @@ each user a few, so that slow servers delay only the webhooks of their user.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import structlog
 from google.protobuf.json_format import MessageToDict
@@ -22,6 +24,7 @@ from outbox_server.services.scheduler.storage import webhooks as storage
 from outbox_server.services.scheduler.storage.webhooks import DeliveryRecord, WebhookRecord
 from outbox_server.services.scheduler.webhook_posts import (
     PostResult,
+    WebhookConnection,
     WebhookMessage,
     WebhookPoster,
 )
@@ -31,14 +34,17 @@ from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.events.horizon import Horizon
 from outbox_server.shared.events.mapping import to_job_event
 from outbox_server.shared.events.storage import (
+    EventOutcome,
     EventQuery,
     JobEventRecord,
     read_events,
     read_outcomes,
+    removed_up_to,
 )
 from outbox_server.shared.events.watching import EventFilter
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.loops import Loop
+from outbox_server.shared.rpc.proto_mapping import id_text
 from outbox_server.shared.secrets import SecretBox
 
 _PAUSE: Final = timedelta(milliseconds=500)
@@ -51,10 +57,19 @@ _AT_ONCE_PER_USER: Final = 2
 # How many events are read at a time, and how many one request has.
 _READ: Final = 500
 MOST_EVENTS: Final = 100
+# No further request begins after so long. A request takes at most 20 s, so a lease suffices.
+_LONGEST_RUN_S: Final = 20.0
+# After its work on a webhook, a place of its user rests for so many times as long, within limits:
+# a quick receiver would keep the process busy, and a slow one does not.
+_REST_RATIO: Final = 4
+_LEAST_REST_S: Final = 0.05
+_LONGEST_REST_S: Final = 0.25
 # A webhook with too many failed deliveries is looked at again after so long.
 _FULL: Final = timedelta(seconds=5)
 _DRAIN_S: Final = 5.0
 _GONE: Final = 410
+
+_Outcomes: TypeAlias = Mapping[tuple[int, int], EventOutcome]
 
 _log = structlog.get_logger("outbox.webhooks")
 
@@ -82,6 +97,8 @@ class WebhookDelivery:
         # The last webhook that was looked at.
         self._after = 0
         self._working: dict[asyncio.Task[None], WebhookRecord] = {}
+        # How many of them only rest.
+        self._resting = 0
         self._loop = Loop("webhooks", self._step, errors=DATABASE_ERRORS)
 
     def wake(self) -> None:
@@ -100,7 +117,7 @@ class WebhookDelivery:
             await asyncio.gather(*self._working, return_exceptions=True)
 
     async def _step(self) -> timedelta:
-        free = _AT_ONCE - len(self._working)
+        free = _AT_ONCE - len(self._working) + self._resting
         if free <= 0:
             return _PAUSE
         async with self._engine.begin() as connection:
@@ -138,25 +155,45 @@ class WebhookDelivery:
         self._loop.wake()
 
     async def _work(self, webhook: WebhookRecord, horizon: int) -> None:
+        begun = time.monotonic()
         try:
-            async with self._engine.connect() as connection:
-                due, pending = await storage.read_due_delivery(connection, webhook.webhook_id)
-            if due is not None:
-                await self._try_again(webhook, due)
-            elif pending >= storage.MOST_PENDING:
-                await self._release(webhook, webhook.after_event, _FULL)
-            else:
-                await self._post_next(webhook, horizon)
+            await self._deliver(webhook, horizon, begun)
         except DATABASE_ERRORS as error:
             # The lease expires, and the work is done again.
             _log.warning("webhook_postponed", error=type(error).__name__)
+        # The place of its user rests too, else many webhooks would use all of the process.
+        rest = (time.monotonic() - begun) * _REST_RATIO
+        self._resting += 1
+        try:
+            await asyncio.sleep(min(max(rest, _LEAST_REST_S), _LONGEST_REST_S))
+        finally:
+            self._resting -= 1
+
+    async def _deliver(self, webhook: WebhookRecord, horizon: int, begun: float) -> None:
+        async with self._engine.connect() as connection:
+            due, pending = await storage.read_due_delivery(connection, webhook.webhook_id)
+        if due is not None:
+            await self._try_again(webhook, due)
+        elif pending >= storage.MOST_PENDING:
+            await self._release(webhook, webhook.after_event, _FULL)
+        elif webhook.after_event > horizon:
+            # Another process has seen later events, or the database was restored.
+            await self._release(webhook, webhook.after_event, _PAUSE)
+        else:
+            await self._post_next(webhook, horizon, begun)
 
     async def _try_again(self, webhook: WebhookRecord, due: DeliveryRecord) -> None:
-        events, _ = await self._read(webhook, due.after_event, due.last_event)
-        if not events:
-            result = PostResult(None, "its events were removed after OUTBOX_EVENT_RETENTION")
+        found = await self._read(webhook, due.after_event, due.last_event)
+        events = found.events
+        # Not a part of them: the message would be another one with the same id.
+        removed = due.after_event < found.removed_to and len(events) < due.event_count
+        if removed or not events:
+            events = []
+            result = PostResult(None, "its events were removed")
         else:
-            result = await self._post(webhook, events, due.after_event, due.last_event)
+            async with self._poster.connection(webhook.user_id) as connection:
+                page = _Page(due.after_event, due.last_event, events[:MOST_EVENTS])
+                result = await self._post(webhook, page, await self._outcomes(events), connection)
         wait = wait_before(due.attempts + 1, self._backoff) if events else None
         async with self._engine.begin() as connection:
             if not await self._end(connection, webhook, webhook.after_event, result):
@@ -168,26 +205,38 @@ class WebhookDelivery:
                 connection, due.delivery_id, wait, result.http_status, result.error
             )
 
-    async def _post_next(self, webhook: WebhookRecord, horizon: int) -> None:
-        after = webhook.after_event
-        if after > horizon:
-            # Another process has seen later events, or the database was restored.
-            await self._release(webhook, after, _PAUSE)
+    async def _post_next(self, webhook: WebhookRecord, horizon: int, begun: float) -> None:
+        """Post the next events, in some requests over one connection."""
+        found = await self._read(webhook, webhook.after_event, horizon)
+        if webhook.after_event < found.removed_to:
+            await self._post_removed(webhook, found.removed_to)
             return
-        events, reached = await self._read(webhook, after, horizon)
-        if not events:
-            await self._release(webhook, reached)
+        if not found.events:
+            await self._release(webhook, found.reached)
             return
-        result = await self._post(webhook, events, after, reached)
+        outcomes = await self._outcomes(found.events)
+        pages = found.pages(webhook.after_event)
+        async with self._poster.connection(webhook.user_id) as connection:
+            for number, page in enumerate(pages, 1):
+                last = number == len(pages) or time.monotonic() - begun > _LONGEST_RUN_S
+                result = await self._post(webhook, page, outcomes, connection, more=not last)
+                if last or result.error:
+                    break
+                async with self._engine.begin() as transaction:
+                    if not await storage.advance(transaction, webhook, page.last):
+                        break
+        await self._end_page(webhook, page, result)
+
+    async def _end_page(self, webhook: WebhookRecord, page: _Page, result: PostResult) -> None:
         async with self._engine.begin() as connection:
-            if not await self._end(connection, webhook, reached, result) or not result.error:
+            if not await self._end(connection, webhook, page.last, result) or not result.error:
                 return
             failed = DeliveryRecord(
                 delivery_id=self._ids.issue(),
                 webhook_id=webhook.webhook_id,
-                after_event=after,
-                last_event=reached,
-                event_count=len(events),
+                after_event=page.after,
+                last_event=page.last,
+                event_count=len(page.events),
                 attempts=1,
                 created_at=webhook.created_at,
                 next_at=None,
@@ -195,6 +244,23 @@ class WebhookDelivery:
                 error=result.error,
             )
             await storage.add_delivery(connection, failed, wait_before(1, self._backoff))
+
+    async def _post_removed(self, webhook: WebhookRecord, removed_to: int) -> None:
+        """Tell the receiver that events were removed before they were posted, until it knows."""
+        after = webhook.after_event
+        async with self._poster.connection(webhook.user_id) as connection:
+            result = await self._send(
+                webhook,
+                connection,
+                message_id(webhook.webhook_id, after, removed_to),
+                "email_jobs.events_removed",
+                {
+                    "webhook_id": id_text(webhook.webhook_id),
+                    "last_removed_event_id": id_text(removed_to),
+                },
+            )
+        async with self._engine.begin() as transaction:
+            await self._end(transaction, webhook, after if result.error else removed_to, result)
 
     async def _end(
         self, connection: AsyncConnection, webhook: WebhookRecord, after: int, result: PostResult
@@ -219,44 +285,99 @@ class WebhookDelivery:
         async with self._engine.begin() as connection:
             await storage.release(connection, webhook, after_event=after, pause=pause)
 
-    async def _read(
-        self, webhook: WebhookRecord, after: int, last: int
-    ) -> tuple[list[JobEventRecord], int]:
-        """Return the next events for a webhook, and the position after them."""
+    async def _read(self, webhook: WebhookRecord, after: int, last: int) -> _Found:
+        """Return the next events for a webhook."""
         which = EventFilter(webhook.user_id, webhook.sender_id, None, webhook.states)
         query = EventQuery(webhook.user_id, after)
         async with self._engine.connect() as connection:
             (found,) = await read_events(connection, [query], last, _READ)
-        reached = found[-1].event_id if len(found) == _READ else last
-        wanted = [event for event in found if which.passes(event)]
-        if len(wanted) > MOST_EVENTS:
-            wanted = wanted[:MOST_EVENTS]
-            reached = wanted[-1].event_id
-        return wanted, reached
+            removed = await removed_up_to(connection, (webhook.user_id,))
+        return _Found(
+            [event for event in found if which.passes(event)],
+            found[-1].event_id if len(found) == _READ else last,
+            removed.get(webhook.user_id, 0),
+        )
+
+    async def _outcomes(self, events: Sequence[JobEventRecord]) -> _Outcomes:
+        async with self._engine.connect() as connection:
+            return await read_outcomes(connection, events)
 
     async def _post(
-        self, webhook: WebhookRecord, events: Sequence[JobEventRecord], after: int, last: int
+        self,
+        webhook: WebhookRecord,
+        page: _Page,
+        outcomes: _Outcomes,
+        connection: WebhookConnection,
+        *,
+        more: bool = False,
     ) -> PostResult:
-        async with self._engine.connect() as connection:
-            outcomes = await read_outcomes(connection, events)
-        protos = [
+        protos = (
             to_job_event(event, outcomes.get((event.job_id or 0, event.attempt)))
-            for event in events
-        ]
+            for event in page.events
+        )
         documents = [MessageToDict(proto, preserving_proto_field_name=True) for proto in protos]
+        return await self._send(
+            webhook,
+            connection,
+            message_id(webhook.webhook_id, page.after, page.last),
+            "email_jobs.changed",
+            {"email_job_events": documents},
+            more=more,
+        )
+
+    async def _send(
+        self,
+        webhook: WebhookRecord,
+        connection: WebhookConnection,
+        identifier: str,
+        kind: str,
+        data: dict[str, Any],
+        *,
+        more: bool = False,
+    ) -> PostResult:
         try:
-            secret = self._secrets.decrypt(webhook.secret)
+            secrets = webhook.secrets(self._secrets)
         except FailedPrecondition:
             return PostResult(None, "no key of OUTBOX_ENCRYPTION_KEYS decrypts its secret")
-        result = await self._poster.post(
-            WebhookMessage(
-                url=webhook.url,
-                message_id=message_id(webhook.webhook_id, after, last),
-                kind="email_jobs.changed",
-                data={"email_job_events": documents},
-                user_id=webhook.user_id,
-                secret=secret,
-            )
+        message = WebhookMessage(
+            url=webhook.url,
+            message_id=identifier,
+            kind=kind,
+            data=data,
+            secrets=secrets,
+            user_id=webhook.user_id,
         )
+        result = await connection.post(message, more=more)
         self._metrics.posted(succeeded=not result.error)
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """The events of one request: those after one id and up to another."""
+
+    after: int
+    last: int
+    events: Sequence[JobEventRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Some events for a webhook."""
+
+    events: list[JobEventRecord]
+    # All events up to this one were read.
+    reached: int
+    # Events of the user were removed up to this one.
+    removed_to: int
+
+    def pages(self, after: int) -> list[_Page]:
+        """Return the requests with these events, which follow the event `after`."""
+        pages: list[_Page] = []
+        for start in range(0, len(self.events), MOST_EVENTS):
+            events = self.events[start : start + MOST_EVENTS]
+            is_last = start + MOST_EVENTS >= len(self.events)
+            last = self.reached if is_last else events[-1].event_id
+            pages.append(_Page(after, last, events))
+            after = last
+        return pages
