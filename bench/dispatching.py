@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Final
 
+import grpc
+from outbox.v1.email_job_event_service_pb2 import WatchEmailJobsRequest
+from outbox.v1.email_job_event_service_pb2_grpc import EmailJobEventServiceStub
+
 from bench.bench import Bench, Connection
-from bench.filling import add_jobs, add_senders
+from bench.filling import USER, add_jobs, add_senders
 from bench.results import OUTBOX, Figures, RatioTarget, Source
 from bench.rivals.contenders import BULLMQ, DOES_LESS, NAMES, rival_queue
 from bench.rivals.contenders import SENT as SENT_BY_RIVAL
@@ -52,8 +58,12 @@ async def outbox_dispatch(
     dispatchers: int = 1,
     smtp_port: int | None = None,
     events: bool = True,
+    watched: bool = False,
 ) -> Figures:
-    """Send waiting mail by one dispatcher, or several. Without `events`, no change is recorded."""
+    """Send waiting mail by one dispatcher, or several.
+
+    Without `events`, no change is recorded. If it is `watched`, a caller reads all changes.
+    """
     port = smtp_port or bench.smtp_port
     # Several must all be ready when the mail is due.
     in_s = dispatchers * await bench.lead_s() if dispatchers > 1 else -1.0
@@ -62,8 +72,10 @@ async def outbox_dispatch(
             if not events:
                 await connection.execute("ALTER TABLE email_jobs DISABLE TRIGGER outbox_job_events")
             total = await fill_due(connection, bench.size.senders, bench.size.mails, in_s=in_s)
-        with ExitStack() as processes:
+        async with AsyncExitStack() as processes:
             pids = stack.stores | ({"sink": bench.sink_pid} if smtp_port is None else {})
+            if watched:
+                pids["scheduler"] = await processes.enter_async_context(_watching(stack))
             for number in range(1, dispatchers + 1):
                 process = processes.enter_context(
                     stack.process(
@@ -76,6 +88,28 @@ async def outbox_dispatch(
             figures = await watch(bench, stack.database_url, SENT, total, pids)
         await _check_limits(bench, stack)
     return figures
+
+
+@asynccontextmanager
+async def _watching(stack: BenchStack) -> AsyncIterator[int]:
+    """Read all changes of jobs, as a caller of WatchEmailJobs; yield the scheduler's process id."""
+    with stack.process("scheduler") as process:
+        async with grpc.aio.insecure_channel(stack.scheduler) as channel:
+            request = WatchEmailJobsRequest(user_id=USER)
+            stream = EmailJobEventServiceStub(channel).WatchEmailJobs(request)
+            # Its position, before any mail is sent.
+            await stream.read()
+
+            async def read_all() -> None:
+                async for _ in stream:
+                    pass
+
+            reading = asyncio.create_task(read_all())
+            try:
+                yield process.pid
+            finally:
+                reading.cancel()
+                await asyncio.wait([reading])
 
 
 async def _check_limits(bench: Bench, stack: BenchStack) -> None:
@@ -125,9 +159,9 @@ async def _some_dispatchers(dispatchers: int, bench: Bench, number: int) -> Figu
     return await outbox_dispatch(bench, 50, dispatchers=dispatchers)
 
 
-async def _with_events(events: bool, bench: Bench, number: int) -> Figures:
+async def _with_events(events: bool, watched: bool, bench: Bench, number: int) -> Figures:
     del number
-    return await outbox_dispatch(bench, 50, events=events)
+    return await outbox_dispatch(bench, 50, events=events, watched=watched)
 
 
 def _all(concurrency: int) -> dict[str, Measure]:
@@ -153,7 +187,7 @@ def _dispatch_row(concurrency: int) -> BenchRow:
 
 
 _ONE, _TWO = "one dispatcher", "two dispatchers"
-_RECORDED, _UNRECORDED = "with events", "without events"
+_RECORDED, _UNRECORDED, _WATCHED = "with events", "without events", "with events and a watch"
 ROWS: Final = (
     _dispatch_row(5),
     _dispatch_row(50),
@@ -187,9 +221,13 @@ ROWS: Final = (
     ),
     BenchRow(
         "events",
-        "waiting mail at concurrency 50, with every change recorded for WatchEmailJobs, and with "
-        "the trigger that does so switched off",
-        {_RECORDED: partial(_with_events, True), _UNRECORDED: partial(_with_events, False)},
+        "waiting mail at concurrency 50, with every change recorded for WatchEmailJobs, with the "
+        "trigger that does so switched off, and with a caller that reads all changes meanwhile",
+        {
+            _RECORDED: partial(_with_events, True, False),
+            _UNRECORDED: partial(_with_events, False, False),
+            _WATCHED: partial(_with_events, True, True),
+        },
         (RatioTarget((_RECORDED, _RATE), ((_UNRECORDED, _RATE),), least=0.9),),
         size=lambda size: f"{size.mails:,} mails of {size.senders:,} senders",
     ),

@@ -44,10 +44,12 @@ async def engine(scheduler: Scheduler) -> AsyncIterator[AsyncEngine]:
 
 
 def add_events(scheduler: Scheduler, user_id: str, count: int, age: str = "0") -> None:
+    # With the lock that the triggers take: readers see by it which ids are not committed yet.
     scheduler.execute(
+        "WITH locked AS MATERIALIZED (SELECT pg_advisory_xact_lock_shared(7402311917))"
         "INSERT INTO job_events (user_id, sender_id, batch_id, email_job_id, state, attempt,"
         " happened_at) SELECT %s, 1, 1, n, 6, 0, now() - %s::interval"
-        " FROM generate_series(1, %s) n",
+        " FROM locked, generate_series(1, %s) n",
         user_id,
         age,
         count,
