@@ -58,6 +58,9 @@ class Receiver:
     answers: list[str] = field(default_factory=list)
     posts: list[Post] = field(default_factory=list)
     hang: asyncio.Event | None = None
+    # Whether connections stay open after an answer.
+    keeps: bool = False
+    connections: int = 0
     port: int = 0
 
     @property
@@ -65,6 +68,16 @@ class Receiver:
         return f"http://127.0.0.1:{self.port}/hook"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            await self.answer(reader, writer)
+            while self.keeps:
+                await self.answer(reader, writer)
+        except asyncio.IncompleteReadError:
+            pass
+        writer.close()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         lines = [line.partition(": ") for line in head.split("\r\n")[1:] if line]
         headers = {name.lower(): value for name, _, value in lines}
@@ -74,7 +87,6 @@ class Receiver:
             await self.hang.wait()
         answer = self.answers.pop(0) if self.answers else "204 No Content"
         writer.write(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n".encode())
-        writer.close()
 
     def job_events(self) -> list[dict[str, Any]]:
         return [event for post in self.posts for event in post.events()]
@@ -139,6 +151,27 @@ async def test_events_are_posted_in_order_and_signed(scheduler: Scheduler) -> No
         stamp = int(post.headers["webhook-timestamp"])
         expected = sign([webhook.secret], post.headers["webhook-id"], stamp, post.body)
         assert post.headers["webhook-signature"] == expected
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_many_events_are_posted_in_some_requests_over_one_connection(
+    scheduler: Scheduler, *, keeps: bool
+) -> None:
+    async with receiving() as receiver:
+        receiver.keeps = keeps
+        await create(scheduler, receiver.url)
+        csv = "email\n" + "".join(f"{n}@b.org\n" for n in range(250))
+        await scheduler.schedule(await scheduler.sender(), csv)
+        await eventually(lambda: len(receiver.posts) == 1)
+        before = receiver.connections
+        await change(scheduler, "UPDATE email_jobs SET scheduled_at = '2031-01-01Z'")
+        await eventually(lambda: len(receiver.job_events()) == 251)
+        assert [len(post.events()) for post in receiver.posts] == [1, 100, 100, 50]
+        ids = [int(event["email_job_event_id"]) for event in receiver.job_events()]
+        assert ids == sorted(set(ids))
+        # A server that closes a connection without a word gets another one.
+        assert receiver.connections - before == (1 if keeps else 3)
+        assert scheduler.value("SELECT count(*) FROM webhook_deliveries") == 0
 
 
 def test_a_signature_is_that_of_standard_webhooks() -> None:
