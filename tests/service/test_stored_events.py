@@ -20,7 +20,7 @@ from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.events import removing
 from outbox_server.shared.events.watching import EventFilter, EventWatch
 from outbox_server.shared.secrets import generate_key
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.service.test_watch_email_jobs import Watch
 from tests.service.test_webhooks import create, receiving
@@ -164,8 +164,9 @@ async def test_a_watch_that_is_too_slow_ends(scheduler: Scheduler, engine: Async
     await forgotten(engine, scheduler)
 
     async def read_all() -> None:
-        async for _ in pages:
-            pass
+        async with asyncio.timeout(PATIENCE):
+            async for _ in pages:
+                pass
 
     with pytest.raises(FailedPrecondition, match="were removed"):
         await read_all()
