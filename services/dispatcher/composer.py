@@ -7,12 +7,14 @@ worker process, because that may take long, and the event loop has other mails t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cachetools import LRUCache
 
+from outbox_server.services.dispatcher.prepared import MOST_PREPARED, PreparedBatches
 from outbox_server.services.dispatcher.shares import Route
 from outbox_server.services.dispatcher.smtp import Envelope
 from outbox_server.services.dispatcher.storage import MarkedJob
@@ -112,10 +114,11 @@ class Composer:
         # Ends the building of a mail in a worker.
         self._building: set[asyncio.Timeout] = set()
         self._closed = False
+        in_use = settings.dispatcher_concurrency * _MOST_OF_A_BATCH
         self._batches: LRUCache[int, _KnownBatch] = LRUCache(
-            max(_KEPT_CHARACTERS, settings.dispatcher_concurrency * _MOST_OF_A_BATCH),
-            lambda batch: batch.size,
+            max(_KEPT_CHARACTERS, in_use + MOST_PREPARED), lambda batch: batch.size
         )
+        self._prepared = PreparedBatches()
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
         """Read the batches of these jobs, unless they are known as they are now."""
@@ -124,6 +127,8 @@ class Composer:
         revisions: dict[int, tuple[int, int]] = {}
         for job in jobs:
             revisions[job.batch_id] = max(job.revisions, revisions.get(job.batch_id, _UNKNOWN))
+        for batch_id in revisions:
+            self._prepared.use(batch_id)
         # A read marks each batch as used, so the cache evicts none before its mails are built.
         known = {batch_id: self._known_revisions(batch_id) for batch_id in revisions}
         missing = sorted(
@@ -136,6 +141,38 @@ class Composer:
             present = self._known_revisions(batch_id)
             if content.revisions > present or known[batch_id] == present:
                 self._batches[batch_id] = _KnownBatch(content.revisions, self._batch_mail(content))
+        for batch_id in revisions:
+            # One that is used must not be forgotten, even if it was prepared ahead meanwhile.
+            self._prepared.use(batch_id)
+
+    async def prepare_ahead(self, batches: Mapping[int, str]) -> None:
+        """Read batches of which mail may be sent soon, unless they are known. With their users.
+
+        `prepare` reads a batch again if it or its sender has changed when a job is marked. It
+        reads those that find no room here, too.
+        """
+        if not self._installation_id:
+            self._installation_id = await self._read_installation_id()
+        now = time.monotonic()
+        self._forget(self._prepared.expire(now))
+        missing = [
+            batch_id
+            for batch_id, user in batches.items()
+            if batch_id not in self._batches and self._prepared.has_room(user)
+        ]
+        contents = await self._read(missing) if missing else {}
+        for batch_id, content in contents.items():
+            # A claim may have read a later revision meanwhile.
+            if batch_id not in self._batches:
+                known = _KnownBatch(content.revisions, self._batch_mail(content))
+                self._batches[batch_id] = known
+                self._forget(self._prepared.add(batch_id, content.user_id, known.size, now))
+            # So that the event loop does other work between two batches.
+            await asyncio.sleep(0)
+
+    def _forget(self, batch_ids: Iterable[int]) -> None:
+        for batch_id in batch_ids:
+            self._batches.pop(batch_id, None)
 
     def _known_revisions(self, batch_id: int) -> tuple[int, int]:
         known = self._batches.get(batch_id)

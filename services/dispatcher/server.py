@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter
+from outbox_server.services.dispatcher.look_ahead import LookAhead
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.recovery import Recovery
@@ -25,6 +26,7 @@ from outbox_server.services.dispatcher.reporter import Reporter
 from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.services.dispatcher.storage import find_upcoming_batches
 from outbox_server.services.dispatcher.storage.endpoint_reports import EndpointReport
 from outbox_server.services.dispatcher.storage.reports import DispatcherReport
 from outbox_server.services.dispatcher.wake import WakeListener
@@ -32,12 +34,13 @@ from outbox_server.services.serving import serve_calls
 from outbox_server.shared.agreed.run import UNKNOWN_KEY_SPACE, AgreedRun, run_agreed
 from outbox_server.shared.agreed.values import AgreedSettings
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
+from outbox_server.shared.database.frequent import KeptConnections
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import Loop, run_until_stopped
-from outbox_server.shared.mail.content import BatchContent, read_batches
+from outbox_server.shared.mail.content import BatchContent, read_batches_by
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
@@ -82,8 +85,8 @@ async def _serve(run: AgreedRun) -> None:
             lookups_only=True,
             single_statements=True,
             lock_timeout=_LOCK_TIMEOUT,
-            # For marks and for settlements, which keep one each.
-            kept=2,
+            # For marks, for settlements and for batches, which keep one each.
+            kept=3,
         )
         stack.push_async_callback(statements.dispose)
         redis, listening = connect(settings), connect(settings, listening=True)
@@ -133,10 +136,12 @@ async def _serve(run: AgreedRun) -> None:
             budget=min(settings.template_budget, settings.lease / 8),
         )
         stack.push_async_callback(workers.close)
+        reads = KeptConnections(statements)
+        stack.push_async_callback(reads.aclose)
         composer = Composer(
             settings,
             box,
-            partial(_read_batches, statements),
+            partial(_read_batches, reads),
             partial(_read_installation_id, engine),
             workers,
         )
@@ -214,6 +219,11 @@ async def _serve(run: AgreedRun) -> None:
             guard.run,
             partial(guard.then, recovery.run, stop),
             quotas.run,
+            Loop(
+                "look ahead",
+                LookAhead(queues, partial(_find_upcoming, reads), composer.prepare_ahead).step,
+                errors=(*QUEUE_ERRORS, *DATABASE_ERRORS),
+            ).run,
             reporter.run,
             # A search goes through all keys, so it is not repeated each second of an outage.
             Loop(
@@ -306,9 +316,16 @@ def _later_loader(
     return HeadLoader(engine, queues, settings)
 
 
-async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, BatchContent]:
-    async with engine.connect() as connection:
-        return await read_batches(connection, batch_ids)
+async def _read_batches(
+    reads: KeptConnections, batch_ids: Sequence[int]
+) -> dict[int, BatchContent]:
+    async with reads.connection() as connection:
+        return await read_batches_by(connection, batch_ids)
+
+
+async def _find_upcoming(reads: KeptConnections, job_ids: Sequence[int]) -> dict[int, str]:
+    async with reads.connection() as connection:
+        return await find_upcoming_batches(connection, job_ids)
 
 
 async def _read_installation_id(engine: AsyncEngine) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any, Final
 
-from sqlalchemy import select
+import psycopg
+from sqlalchemy import BigInteger, bindparam, func, select
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.database.message_ids import message_id_address
 from outbox_server.shared.database.models import Batch, Sender
 from outbox_server.shared.mail.worker import MailRequest
@@ -101,46 +105,62 @@ def _of_sender(row: Any) -> dict[str, Any]:
     }
 
 
+_BATCHES: Final = (
+    select(
+        Batch.id,
+        Batch.user_id,
+        Batch.subject,
+        Batch.body,
+        Batch.html,
+        Batch.variable_names,
+        Batch.trace_parent,
+        Batch.revision.label("batch_revision"),
+        Batch.reply_to,
+        Batch.name_column,
+        Batch.headers,
+        Batch.test,
+        *_OF_SENDER,
+    )
+    .join(Sender, Sender.id == Batch.sender_id)
+    .where(Batch.id == func.any(bindparam("batches", type_=ARRAY(BigInteger))))
+)
+# What each mail of a new batch needs. By psycopg alone, it takes a tenth of the time.
+READ_BATCHES: Final = FrequentStatement(_BATCHES)
+_NAMES: Final = [str(column.key) for column in _BATCHES.selected_columns]
+
+
 async def read_batches(
     connection: AsyncConnection, batch_ids: Sequence[int]
 ) -> dict[int, BatchContent]:
     """Return what the mails of each batch share, with the present data of the sender."""
-    rows = await connection.execute(
-        select(
-            Batch.id,
-            Batch.user_id,
-            Batch.subject,
-            Batch.body,
-            Batch.html,
-            Batch.variable_names,
-            Batch.trace_parent,
-            Batch.revision.label("batch_revision"),
-            Batch.reply_to,
-            Batch.name_column,
-            Batch.headers,
-            Batch.test,
-            *_OF_SENDER,
-        )
-        .join(Sender, Sender.id == Batch.sender_id)
-        .where(Batch.id.in_(batch_ids))
+    rows = await connection.execute(_BATCHES, {"batches": list(batch_ids)})
+    return {row.id: _content_of(row) for row in rows}
+
+
+async def read_batches_by(
+    connection: psycopg.AsyncConnection[Any], batch_ids: Sequence[int]
+) -> dict[int, BatchContent]:
+    """Do the same by psycopg alone."""
+    rows = await READ_BATCHES.run(connection, {"batches": list(batch_ids)})
+    found = [SimpleNamespace(**dict(zip(_NAMES, row, strict=True))) for row in rows]
+    return {row.id: _content_of(row) for row in found}
+
+
+def _content_of(row: Any) -> BatchContent:
+    return BatchContent(
+        batch_id=row.id,
+        user_id=row.user_id,
+        subject=row.subject,
+        body=row.body,
+        html=row.html,
+        variable_names=tuple(row.variable_names),
+        trace_parent=row.trace_parent,
+        batch_revision=row.batch_revision,
+        head=HeadTexts(
+            row.reply_to,
+            row.name_column or "",
+            tuple((name, text) for name, text in row.headers or ()),
+        ),
+        test=row.test,
+        **_of_sender(row),
     )
-    return {
-        row.id: BatchContent(
-            batch_id=row.id,
-            user_id=row.user_id,
-            subject=row.subject,
-            body=row.body,
-            html=row.html,
-            variable_names=tuple(row.variable_names),
-            trace_parent=row.trace_parent,
-            batch_revision=row.batch_revision,
-            head=HeadTexts(
-                row.reply_to,
-                row.name_column or "",
-                tuple((name, text) for name, text in row.headers or ()),
-            ),
-            test=row.test,
-            **_of_sender(row),
-        )
-        for row in rows
-    }

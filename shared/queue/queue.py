@@ -29,6 +29,7 @@ from outbox_server.shared.queue.records import (
     ReadyJobs,
     RebuildEnd,
     Settlement,
+    UpcomingJobs,
     UserHead,
 )
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
@@ -398,6 +399,20 @@ class Queue:
         keys = (self.keys.ready, self.keys.generation)
         state, count, age = await self._run("backlog", keys, (self._window, _MOST_EXAMINED))
         return ReadyJobs(state != "LOST", count, timedelta(milliseconds=age))
+
+    async def find_upcoming(
+        self, within: timedelta, most: int, last: UpcomingJobs | None = None
+    ) -> UpcomingJobs:
+        """Return jobs that may be sent `within` this time, of at most `most` senders.
+
+        It goes on where `last` ended.
+        """
+        after, skip = (0, 0) if last is None else (last.after, last.skip)
+        args = (after, skip, _ms(within), most)
+        after, skip, more, members = await self._run("upcoming", (self.keys.ready,), args)
+        return UpcomingJobs(
+            tuple(job_of(member).job_id for member in members), more == 1, after, skip
+        )
 
     async def find_lost(self, sender_ids: Sequence[int], *, whole: bool = False) -> list[int]:
         """Return which of these senders, all with waiting jobs, must be loaded.

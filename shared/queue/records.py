@@ -188,6 +188,19 @@ class ReadyJobs:
     age: timedelta
 
 
+@dataclass(frozen=True, slots=True)
+class UpcomingJobs:
+    """Jobs of a shard that may be sent soon, one of a sender. A hint: nothing is promised of them.
+
+    `more`: others are known already. `after` and `skip` say where the next call begins.
+    """
+
+    job_ids: tuple[int, ...] = ()
+    more: bool = False
+    after: int = 0
+    skip: int = 0
+
+
 def brings_history(epoch: str) -> bool:
     """Whether a load with this epoch must restore the sender's history, which Redis lost."""
     return epoch.startswith("new:")

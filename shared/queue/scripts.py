@@ -30,6 +30,7 @@ SCRIPTS = (
     "end_patrol",
     "limiter",
     "backlog",
+    "upcoming",
 )
 _INCLUDE = re.compile(r"^--!include (\w+)$", re.MULTILINE)
 

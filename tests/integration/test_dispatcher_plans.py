@@ -16,10 +16,12 @@ from outbox_server.services.dispatcher.storage import AccountRefusal
 from outbox_server.services.dispatcher.storage.marking import MARK
 from outbox_server.services.dispatcher.storage.settling import SETTLE
 from outbox_server.services.dispatcher.storage.turning import TURN
+from outbox_server.services.dispatcher.storage.upcoming import FIND
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.heads.concerned import Walk
 from outbox_server.shared.heads.statements import HEADS_STATEMENT
+from outbox_server.shared.mail.content import READ_BATCHES
 from outbox_server.shared.queue.keys import JobRef
 from tests.dispatchers import options, settings_of
 from tests.marked_jobs import mark_refs
@@ -134,13 +136,14 @@ async def test_the_plans_that_marks_and_settlements_keep_use_only_indexes(
     new_database: Callable[[], str], redis_url: str, analysed: bool
 ) -> None:
     async with filled(new_database(), redis_url, analysed=analysed, free=False) as engine:
-        for statement in (MARK, SETTLE, TURN):
+        for statement in (MARK, SETTLE, TURN, FIND):
             plan = await kept_plan(engine, statement)
             for table in ("email_jobs", "attempts", "batches", "senders", "suppressions"):
                 assert f"Seq Scan on {table}" not in plan, plan
             # By the primary key alone: an index of a state may have most jobs of a backlog.
             assert "using pk_email_jobs" in plan, plan
             assert "ix_email_jobs" not in plan, plan
+        assert "Seq Scan" not in await kept_plan(engine, READ_BATCHES)
 
 
 async def kept_plan(engine: AsyncEngine, statement: FrequentStatement) -> str:

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
-from outbox_server.shared.mail.content import read_batches
+from outbox_server.shared.database.frequent import driver_of
+from outbox_server.shared.mail.content import read_batches, read_batches_by
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
@@ -430,6 +431,8 @@ async def test_a_batch_is_read_with_the_current_state_of_its_sender(
     found = await read_batches(connection, [*batches, 999_999_999])
 
     assert set(found) == set(batches)
+    driver = await driver_of(connection)
+    assert await read_batches_by(driver, [*batches, 999_999_999]) == found
     first, second = (found[batch] for batch in batches)
     assert (first.email, first.sender_revision) == (f"s{plain}@x.test", 1)
     assert first.endpoint == StoredEndpoint(first.user_id)
@@ -437,6 +440,21 @@ async def test_a_batch_is_read_with_the_current_state_of_its_sender(
         second.user_id, "own.test", 2525, SmtpSecurity.TLS, "anna", b"token"
     )
     assert (second.display_name, second.sender_revision) == ("Anna", 2)
+
+
+async def test_the_batches_of_upcoming_jobs_are_found_unless_they_are_cancelled_or_long(
+    world: World, connection: AsyncConnection
+) -> None:
+    sender = await world.sender()
+    jobs = [(await world.schedule(sender, 2, load=False))[0] for _ in range(3)]
+    batches = [(await world.job(job)).batch_id for job in jobs]
+    await world.sql(f"UPDATE batches SET state = 2 WHERE id = {batches[1]}")
+    await world.sql(f"UPDATE batches SET html = repeat('x', 70000) WHERE id = {batches[2]}")
+    found = await storage.find_upcoming_batches(
+        await driver_of(connection), [*jobs, jobs[0] + 1, 999_999_999]
+    )
+
+    assert set(found) == {batches[0]}
 
 
 async def test_many_jobs_are_handled_in_one_statement(

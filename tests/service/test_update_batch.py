@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email import policy
 from pathlib import Path
@@ -25,6 +25,8 @@ from outbox.v1.batch_service_pb2 import (
 
 from outbox_server.cli.options import to_duration
 from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher import look_ahead
+from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.scheduler import respreading
 from outbox_server.services.scheduler.servicers import batch_control
 from outbox_server.services.scheduler.storage.respreading import respread_part
@@ -92,6 +94,30 @@ def subjects(inbox: Inbox) -> set[str]:
         email.message_from_bytes(file.read_bytes(), policy=policy.default)["Subject"]
         for file in files
     }
+
+
+async def test_mail_that_was_prepared_ahead_is_sent_with_the_new_templates(
+    scheduler: Scheduler,
+    values: dict[str, str],
+    inbox: Inbox,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(look_ahead, "AHEAD", timedelta(hours=2))
+    prepared = asyncio.Event()
+    prepare_ahead = Composer.prepare_ahead
+
+    async def note(composer: Composer, batches: Mapping[int, str]) -> None:
+        await prepare_ahead(composer, batches)
+        if batches:
+            prepared.set()
+
+    monkeypatch.setattr(Composer, "prepare_ahead", note)
+    batch = await scheduled(scheduler)
+    async with running(settings_of(values)):
+        await prepared.wait()
+        await update(scheduler, batch, subject="New {{ points }}", schedule_time=at(seconds=0))
+        await eventually(lambda: len(inbox.mails) == 5)
+    assert subjects(inbox) == {f"New {n}" for n in range(1, 6)}
 
 
 async def test_mail_is_sent_with_the_new_templates_and_times(

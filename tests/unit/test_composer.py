@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from outbox_server.services.dispatcher import composer as composer_module
+from outbox_server.services.dispatcher import prepared as prepared_module
 from outbox_server.services.dispatcher.composer import Composer, CompositionError, ReadBatches
 from outbox_server.services.dispatcher.smtp import Envelope
 from outbox_server.services.dispatcher.storage import MarkedJob
@@ -133,6 +134,48 @@ async def test_a_batch_is_read_once_until_its_sender_changes() -> None:
     assert (await compose(composer, job(4, revision=2)))[1].mail_from == "new@shop.test"
 
 
+async def test_what_was_prepared_ahead_is_used_and_read_again_if_it_has_changed() -> None:
+    reader = Reader(BATCH, replace(BATCH, batch_id=2))
+    composer = composer_of(reader)
+    await composer.prepare_ahead({1: "anna", 2: "anna", 3: "anna"})
+    await composer.prepare_ahead({1: "anna", 2: "anna"})
+    assert reader.asked == [[1, 2, 3]]
+    await composer.prepare([job(1)])
+    assert len(reader.asked) == 1
+
+    reader.batches[2] = replace(BATCH, batch_id=2, batch_revision=2, subject="New")
+    await composer.prepare([job(2, batch=2, batch_revision=2)])
+
+    assert reader.asked == [[1, 2, 3], [2]]
+    _, envelope = await compose(composer, job(2, batch=2, batch_revision=2))
+    assert b"\r\nSubject: New\r\n" in envelope.data
+
+
+async def test_only_what_was_prepared_ahead_and_not_used_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepared_module, "_KEPT_S", 0.0)
+    gate, reading = asyncio.Event(), asyncio.Event()
+
+    async def read(batch_ids: Sequence[int]) -> dict[int, BatchContent]:
+        if 2 in batch_ids and not reading.is_set():
+            reading.set()
+            await gate.wait()
+        return {n: replace(BATCH, batch_id=n) for n in batch_ids}
+
+    composer = composer_of(read)
+    # The second batch is prepared ahead while a claim reads it.
+    claimed = asyncio.create_task(composer.prepare([job(1), job(2, batch=2)]))
+    await reading.wait()
+    await composer.prepare_ahead({2: "anna", 3: "anna"})
+    gate.set()
+    await claimed
+    await composer.prepare_ahead({})
+
+    assert sorted(composer._batches) == [1, 2]
+    await compose(composer, job(2, batch=2))
+
+
 async def test_a_late_read_does_not_restore_old_sender_data() -> None:
     gate, reading = asyncio.Event(), asyncio.Event()
     newer = Reader(replace(BATCH, sender_revision=2, email="new@shop.test"))
@@ -181,6 +224,7 @@ def keep_few(monkeypatch: pytest.MonkeyPatch) -> None:
     size = composer_module._LEAST_OF_A_BATCH
     monkeypatch.setattr(composer_module, "_KEPT_CHARACTERS", 4 * size)
     monkeypatch.setattr(composer_module, "_MOST_OF_A_BATCH", size)
+    monkeypatch.setattr(composer_module, "MOST_PREPARED", 0)
 
 
 async def test_no_batch_of_a_group_is_evicted_before_its_mails_are_built(

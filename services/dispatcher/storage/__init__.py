@@ -29,6 +29,7 @@ from outbox_server.services.dispatcher.storage.recovering import next_expiry, re
 from outbox_server.services.dispatcher.storage.renewing import renew_leases, still_sending
 from outbox_server.services.dispatcher.storage.settling import AttemptRecord, give_back, settle
 from outbox_server.services.dispatcher.storage.turning import settle_and_mark
+from outbox_server.services.dispatcher.storage.upcoming import find_upcoming_batches
 
 __all__ = [
     "AccountRefusal",
@@ -41,6 +42,7 @@ __all__ = [
     "cool_down",
     "end_cooldowns",
     "explain_unmarked",
+    "find_upcoming_batches",
     "give_back",
     "mark_sending",
     "next_expiry",
