@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from outbox_server.services.dispatcher.prepared import MOST_PREPARED, PreparedBatches
 from outbox_server.services.dispatcher.shares import Route
 from outbox_server.services.dispatcher.smtp import Envelope
-from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.services.dispatcher.storage import MarkedJob, UpcomingBatch
 from outbox_server.shared.database.message_ids import message_id_for
 from outbox_server.shared.errors import InvalidInput, OutboxError
 from outbox_server.shared.mail.content import BatchContent, request_of
@@ -82,7 +82,8 @@ class _KnownBatch:
         if isinstance(self.mail, CompositionError):
             return _LEAST_OF_A_BATCH
         content = self.mail.content
-        texts = (content.subject, content.body, content.html, *content.variable_names)
+        ca = content.endpoint.ca
+        texts = (content.subject, content.body, content.html, ca, *content.variable_names)
         size = _LEAST_OF_A_BATCH + sum(len(text or "") for text in texts) + content.head.characters
         return min(size, _MOST_OF_A_BATCH)
 
@@ -118,7 +119,7 @@ class Composer:
         self._batches: LRUCache[int, _KnownBatch] = LRUCache(
             max(_KEPT_CHARACTERS, in_use + MOST_PREPARED), lambda batch: batch.size
         )
-        self._prepared = PreparedBatches()
+        self._prepared = PreparedBatches(lambda batch_id: self._batches.pop(batch_id, None))
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
         """Read the batches of these jobs, unless they are known as they are now."""
@@ -145,34 +146,34 @@ class Composer:
             # One that is used must not be forgotten, even if it was prepared ahead meanwhile.
             self._prepared.use(batch_id)
 
-    async def prepare_ahead(self, batches: Mapping[int, str]) -> None:
-        """Read batches of which mail may be sent soon, unless they are known. With their users.
+    async def prepare_ahead(self, batches: Mapping[int, UpcomingBatch]) -> None:
+        """Read batches of which mail may be sent soon, unless they are known.
 
-        `prepare` reads a batch again if it or its sender has changed when a job is marked. It
-        reads those that find no room here, too.
+        `prepare` reads a batch again if it or its sender has changed when a job is marked. It also
+        reads those that find no room here.
         """
         if not self._installation_id:
             self._installation_id = await self._read_installation_id()
         now = time.monotonic()
-        self._forget(self._prepared.expire(now))
+        self._prepared.expire(now)
+        # Before the read, so that no user makes it long.
         missing = [
             batch_id
-            for batch_id, user in batches.items()
-            if batch_id not in self._batches and self._prepared.has_room(user)
+            for batch_id, each in batches.items()
+            if batch_id not in self._batches
+            and self._prepared.add(batch_id, each.user_id, _LEAST_OF_A_BATCH + each.size, now)
         ]
         contents = await self._read(missing) if missing else {}
         for batch_id, content in contents.items():
-            # A claim may have read a later revision meanwhile.
-            if batch_id not in self._batches:
+            # A claim that has come meanwhile reads it itself, maybe in a later revision.
+            if batch_id in self._prepared and batch_id not in self._batches:
                 known = _KnownBatch(content.revisions, self._batch_mail(content))
-                self._batches[batch_id] = known
-                self._forget(self._prepared.add(batch_id, content.user_id, known.size, now))
+                if self._prepared.add(batch_id, content.user_id, known.size, now):
+                    self._batches[batch_id] = known
+                    if isinstance(known.mail, _BatchMail) and known.mail.template is None:
+                        self._workers.begin_start()
             # So that the event loop does other work between two batches.
             await asyncio.sleep(0)
-
-    def _forget(self, batch_ids: Iterable[int]) -> None:
-        for batch_id in batch_ids:
-            self._batches.pop(batch_id, None)
 
     def _known_revisions(self, batch_id: int) -> tuple[int, int]:
         known = self._batches.get(batch_id)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Final
 
+from outbox_server.services.dispatcher.storage import UpcomingBatch
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.queue.records import UpcomingJobs
@@ -29,10 +30,10 @@ class LookAhead:
     def __init__(
         self,
         queues: Sequence[Queue],
-        find: Callable[[Sequence[int]], Awaitable[Mapping[int, str]]],
-        prepare: Callable[[Mapping[int, str]], Awaitable[None]],
+        find: Callable[[Sequence[int]], Awaitable[Mapping[int, UpcomingBatch]]],
+        prepare: Callable[[Mapping[int, UpcomingBatch]], Awaitable[None]],
     ) -> None:
-        """`find` returns the batches of jobs, with their users; `prepare` prepares them."""
+        """`find` returns the batches of jobs; `prepare` prepares them."""
         self._find = find
         self._prepare = prepare
         self._last: dict[Queue, UpcomingJobs] = {}

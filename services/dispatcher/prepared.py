@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,36 +23,40 @@ class _Prepared:
 class PreparedBatches:
     """Shares the room for prepared batches among users.
 
-    While there is room, any user may have all of it. Then the user who has the most gives way to
+    While there is room, any user may have all of it. Then those who have the most give way to
     others. Times are seconds of any clock.
     """
 
-    def __init__(self, most: int = MOST_PREPARED) -> None:
+    def __init__(self, forget: Callable[[int], object], most: int = MOST_PREPARED) -> None:
+        """`forget` is called for a batch that gives way, or that nobody has used for long."""
+        self._forget = forget
         self._most = most
         self._size = 0
         # The oldest first.
         self._batches: dict[int, _Prepared] = {}
-        self._of_users: dict[str, dict[int, int]] = {}
+        self._of_users: dict[str, dict[int, None]] = {}
         self._sizes: dict[str, int] = {}
 
-    def has_room(self, user: str) -> bool:
-        """Return whether a batch of a user may be prepared."""
-        return self._size < self._most or user != self._largest()
+    def __contains__(self, batch_id: int) -> bool:
+        """Whether a batch was added, and is neither used nor forgotten."""
+        return batch_id in self._batches
 
-    def add(self, batch_id: int, user: str, size: int, now: float) -> list[int]:
-        """Count a batch, and return those that are to be forgotten for it."""
+    def add(self, batch_id: int, user: str, size: int, now: float) -> bool:
+        """Count a batch, or change its size. False: there is no room, and it does not count."""
         self.use(batch_id)
+        while self._size + size > self._most:
+            largest = max(self._sizes, key=self._sizes.__getitem__, default="")
+            if self._sizes.get(user, 0) + size >= self._sizes.get(largest, 0):
+                return False
+            # Its last one, which is due last.
+            last = next(reversed(self._of_users[largest]))
+            self.use(last)
+            self._forget(last)
         self._batches[batch_id] = _Prepared(user, size, now)
-        self._of_users.setdefault(user, {})[batch_id] = size
+        self._of_users.setdefault(user, {})[batch_id] = None
         self._sizes[user] = self._sizes.get(user, 0) + size
         self._size += size
-        forgotten = []
-        while self._size > self._most:
-            # Its last one, which is due last.
-            last = next(reversed(self._of_users[self._largest()]))
-            self.use(last)
-            forgotten.append(last)
-        return forgotten
+        return True
 
     def use(self, batch_id: int) -> None:
         """Count a batch no more: its mail is being sent, or it is forgotten."""
@@ -65,16 +70,10 @@ class PreparedBatches:
         if not of_user:
             del self._of_users[found.user], self._sizes[found.user]
 
-    def expire(self, now: float) -> list[int]:
-        """Return the batches that are to be forgotten because nobody has used them for long."""
-        expired = []
-        for batch_id, each in self._batches.items():
+    def expire(self, now: float) -> None:
+        """Forget the batches that nobody has used for long."""
+        for batch_id, each in list(self._batches.items()):
             if now - each.at < _KEPT_S:
                 break
-            expired.append(batch_id)
-        for batch_id in expired:
             self.use(batch_id)
-        return expired
-
-    def _largest(self) -> str:
-        return max(self._sizes, key=self._sizes.__getitem__, default="")
+            self._forget(batch_id)

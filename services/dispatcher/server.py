@@ -26,7 +26,7 @@ from outbox_server.services.dispatcher.reporter import Reporter
 from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
-from outbox_server.services.dispatcher.storage import find_upcoming_batches
+from outbox_server.services.dispatcher.storage import UpcomingBatch, find_upcoming_batches
 from outbox_server.services.dispatcher.storage.endpoint_reports import EndpointReport
 from outbox_server.services.dispatcher.storage.reports import DispatcherReport
 from outbox_server.services.dispatcher.wake import WakeListener
@@ -323,7 +323,9 @@ async def _read_batches(
         return await read_batches_by(connection, batch_ids)
 
 
-async def _find_upcoming(reads: KeptConnections, job_ids: Sequence[int]) -> dict[int, str]:
+async def _find_upcoming(
+    reads: KeptConnections, job_ids: Sequence[int]
+) -> dict[int, UpcomingBatch]:
     async with reads.connection() as connection:
         return await find_upcoming_batches(connection, job_ids)
 

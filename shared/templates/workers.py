@@ -146,6 +146,12 @@ class WorkerPool:
             self._ended[JobResult.LOST].inc()
         raise WorkerLostError("the worker process for templates failed twice")
 
+    def begin_start(self) -> None:
+        """Begin to start the processes, because jobs will come soon."""
+        if not self._closed:
+            for each in self._slots:
+                each.begin_start()
+
     async def close(self) -> None:
         """End all processes. A job that is under way fails."""
         self._closed = True

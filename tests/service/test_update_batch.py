@@ -27,6 +27,7 @@ from outbox_server.cli.options import to_duration
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import look_ahead
 from outbox_server.services.dispatcher.composer import Composer
+from outbox_server.services.dispatcher.storage import UpcomingBatch
 from outbox_server.services.scheduler import respreading
 from outbox_server.services.scheduler.servicers import batch_control
 from outbox_server.services.scheduler.storage.respreading import respread_part
@@ -106,7 +107,7 @@ async def test_mail_that_was_prepared_ahead_is_sent_with_the_new_templates(
     prepared = asyncio.Event()
     prepare_ahead = Composer.prepare_ahead
 
-    async def note(composer: Composer, batches: Mapping[int, str]) -> None:
+    async def note(composer: Composer, batches: Mapping[int, UpcomingBatch]) -> None:
         await prepare_ahead(composer, batches)
         if batches:
             prepared.set()

@@ -15,7 +15,7 @@ from outbox_server.services.dispatcher import composer as composer_module
 from outbox_server.services.dispatcher import prepared as prepared_module
 from outbox_server.services.dispatcher.composer import Composer, CompositionError, ReadBatches
 from outbox_server.services.dispatcher.smtp import Envelope
-from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.services.dispatcher.storage import MarkedJob, UpcomingBatch
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.mail.content import BatchContent
 from outbox_server.shared.queue.circuit_keys import CircuitKeys
@@ -25,6 +25,7 @@ from outbox_server.shared.settings import load_settings
 from outbox_server.shared.smtp.endpoint import Endpoint, StoredEndpoint, relay_of
 from outbox_server.shared.states import SmtpSecurity
 from outbox_server.shared.templates.workers import WorkerPool
+from tests.eventually import eventually
 
 BATCH = BatchContent(
     batch_id=1,
@@ -39,6 +40,7 @@ BATCH = BatchContent(
     display_name="",
     endpoint=StoredEndpoint("anna"),
 )
+SMALL = UpcomingBatch("anna", 100)
 RELAY = Endpoint("relay.test", 25, SmtpSecurity.NONE, operators=True)
 
 
@@ -137,8 +139,8 @@ async def test_a_batch_is_read_once_until_its_sender_changes() -> None:
 async def test_what_was_prepared_ahead_is_used_and_read_again_if_it_has_changed() -> None:
     reader = Reader(BATCH, replace(BATCH, batch_id=2))
     composer = composer_of(reader)
-    await composer.prepare_ahead({1: "anna", 2: "anna", 3: "anna"})
-    await composer.prepare_ahead({1: "anna", 2: "anna"})
+    await composer.prepare_ahead({1: SMALL, 2: SMALL, 3: SMALL})
+    await composer.prepare_ahead({1: SMALL, 2: SMALL})
     assert reader.asked == [[1, 2, 3]]
     await composer.prepare([job(1)])
     assert len(reader.asked) == 1
@@ -167,13 +169,19 @@ async def test_only_what_was_prepared_ahead_and_not_used_is_forgotten(
     # The second batch is prepared ahead while a claim reads it.
     claimed = asyncio.create_task(composer.prepare([job(1), job(2, batch=2)]))
     await reading.wait()
-    await composer.prepare_ahead({2: "anna", 3: "anna"})
+    await composer.prepare_ahead({2: SMALL, 3: SMALL})
     gate.set()
     await claimed
     await composer.prepare_ahead({})
 
     assert sorted(composer._batches) == [1, 2]
     await compose(composer, job(2, batch=2))
+
+
+async def test_the_workers_start_before_mail_that_needs_them_is_due() -> None:
+    composer = composer_of(Reader(replace(BATCH, body="{{ name | upcase }}")))
+    await composer.prepare_ahead({1: SMALL})
+    await eventually(lambda: all(slot.is_ready for slot in POOLS[-1]._slots))
 
 
 async def test_a_late_read_does_not_restore_old_sender_data() -> None:

@@ -6,34 +6,45 @@ from outbox_server.services.dispatcher.prepared import PreparedBatches
 
 
 def test_a_user_has_all_room_until_another_needs_it() -> None:
-    prepared = PreparedBatches(most=100)
-    for batch in range(10):
-        assert prepared.has_room("mallory")
-        assert prepared.add(batch, "mallory", 10, now=0) == []
-    assert not prepared.has_room("mallory")
-    assert prepared.has_room("ann")
+    forgotten: list[int] = []
+    prepared = PreparedBatches(forgotten.append, most=100)
+    assert all(prepared.add(batch, "mallory", 10, now=0) for batch in range(10))
+    assert not prepared.add(10, "mallory", 1, now=0)
+    assert forgotten == []
     # The last batches of the user who has the most give way.
-    assert prepared.add(20, "ann", 15, now=0) == [9, 8]
-    # Who has the most has no room even if another one has left some.
-    prepared.use(20)
-    assert prepared.has_room("mallory")
+    assert prepared.add(20, "ann", 15, now=0)
+    assert forgotten == [9, 8]
+    assert all(prepared.add(batch, "ann", 15, now=0) for batch in (21, 22))
+    assert forgotten == [9, 8, 7, 6, 5]
+    # Not for one who would have the most then.
+    assert not prepared.add(23, "ann", 15, now=0)
+    assert not prepared.add(30, "eve", 101, now=0)
+    assert prepared.add(40, "eve", 10, now=0)
 
 
 def test_a_used_batch_makes_room_and_is_never_forgotten() -> None:
-    prepared = PreparedBatches(most=20)
+    forgotten: list[int] = []
+    prepared = PreparedBatches(forgotten.append, most=20)
     prepared.add(1, "ann", 10, now=0)
     prepared.add(2, "ann", 10, now=0)
     prepared.use(2)
     prepared.use(2)
-    assert prepared.add(3, "ann", 10, now=0) == []
-    assert prepared.add(4, "ann", 10, now=0) == [4]
+    assert 2 not in prepared
+    assert prepared.add(3, "ann", 5, now=0)
+    assert prepared.add(3, "ann", 10, now=0)
+    assert not prepared.add(4, "ann", 1, now=0)
+    prepared.expire(100)
+    assert forgotten == [1, 3]
 
 
 def test_what_nobody_uses_is_forgotten_after_ten_seconds() -> None:
-    prepared = PreparedBatches()
+    forgotten: list[int] = []
+    prepared = PreparedBatches(forgotten.append)
     prepared.add(1, "ann", 10, now=0)
     prepared.add(2, "bob", 10, now=5)
-    assert prepared.expire(9.9) == []
-    assert prepared.expire(10) == [1]
-    assert prepared.expire(10) == []
-    assert prepared.expire(15) == [2]
+    prepared.expire(9.9)
+    assert forgotten == []
+    prepared.expire(10)
+    assert forgotten == [1]
+    prepared.expire(15)
+    assert forgotten == [1, 2]

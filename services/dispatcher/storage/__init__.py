@@ -29,7 +29,7 @@ from outbox_server.services.dispatcher.storage.recovering import next_expiry, re
 from outbox_server.services.dispatcher.storage.renewing import renew_leases, still_sending
 from outbox_server.services.dispatcher.storage.settling import AttemptRecord, give_back, settle
 from outbox_server.services.dispatcher.storage.turning import settle_and_mark
-from outbox_server.services.dispatcher.storage.upcoming import find_upcoming_batches
+from outbox_server.services.dispatcher.storage.upcoming import UpcomingBatch, find_upcoming_batches
 
 __all__ = [
     "AccountRefusal",
@@ -39,6 +39,7 @@ __all__ = [
     "ServerIdentity",
     "StoredBeat",
     "Unmarked",
+    "UpcomingBatch",
     "cool_down",
     "end_cooldowns",
     "explain_unmarked",
