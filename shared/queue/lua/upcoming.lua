@@ -11,7 +11,7 @@
 --   more         1 if there are more senders to examine already
 --   members      the first job of each sender whose next look comes soon
 --
--- It is a hint: a job may be sent earlier, later or never. So nothing is read but the first job. The
+-- It is a hint: a job may be sent earlier, later or never. So only the first job is read. The
 -- senders of a user whose limits make them wait are not examined.
 --!include keys
 --!include time
