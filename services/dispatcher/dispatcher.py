@@ -136,7 +136,6 @@ class Dispatcher:
             spawn=self._spawn,
         )
         metrics.concurrency.set(settings.dispatcher_concurrency)
-        self._concurrency = settings.dispatcher_concurrency
         metrics.in_flight.set_function(lambda: self.in_flight)
         self._group: asyncio.TaskGroup | None = None
         # The shards that this dispatcher is rebuilding.
@@ -153,12 +152,8 @@ class Dispatcher:
 
     @property
     def in_flight(self) -> int:
-        """The number of slots in use.
-
-        A slot that passes from a mail that has ended to the next job, in the statement that records
-        the one and marks the other, counts once: only one of them may be in doubt after a crash.
-        """
-        return min(self._slots.in_flight, self._concurrency)
+        """The number of slots in use: so many mails may be in doubt after a crash."""
+        return self._slots.in_flight
 
     @property
     def oldest_lease(self) -> timedelta | None:
@@ -303,12 +298,11 @@ class Dispatcher:
         self, group: ClaimGroup, marks: asyncio.Future[list[MarkedJob]]
     ) -> list[tuple[TakenClaim, MarkedJob]]:
         """Wait until the jobs are SENDING. Jobs that may no longer be sent are left out."""
-        claims = group.claims
+        missing, jobs = group.claims, []
         try:
             jobs = await marks
             by_ref = {job.job: job for job in jobs}
-            missing = [claim for claim in claims if claim.job not in by_ref]
-            why = None
+            missing = [claim for claim in missing if claim.job not in by_ref]
             if missing:
                 async with self._statements.connect() as connection:
                     why = await storage.explain_unmarked(
@@ -316,10 +310,12 @@ class Dispatcher:
                     )
         except BaseException:
             # Nothing was sent. If the statement was committed, the lease of its attempts expires.
-            for claim in claims:
+            for claim in missing:
                 self._settler.settle(UnmarkedClaim(claim, waits=True))
+            for job in jobs:
+                self._settler.settle(UnsentJob(group.taken[job.job].claim, job))
             raise
-        if why is not None:
+        if missing:
             self._refused(group.queue, missing, why)
         return [(group.taken[ref], job) for ref, job in by_ref.items()]
 

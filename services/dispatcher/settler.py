@@ -207,6 +207,7 @@ class Settler:
             group = [outcome for outcome in group if not _is_plain(outcome)]
         if group:
             await self._finish(group, tasks)
+        self._slots.end_hand_over()
 
     def _next_marks(self) -> list[_MarkRequest]:
         """Take the marks of the next turn: of one life of a shard, each job once."""
@@ -240,8 +241,11 @@ class Settler:
         """
         queue = requests[0].queue
         claims = [claim for request in requests for claim in request.claims]
-        marking = Marking(claims, self._lease, queue.shard, queue.key_space, self._seen())
         records = [outcome.record for outcome in plain]
+        # Each end that is recorded makes room for one more claim. If the row of one is locked, its
+        # mail stays in doubt, and another mail must not be in doubt besides.
+        room = len(claims) - self._slots.excess
+        marking = Marking(claims, self._lease, queue.shard, queue.key_space, self._seen(), room)
         moved: dict[int, int] = {}
         try:
             async with self._kept.connection() as kept:
@@ -253,6 +257,7 @@ class Settler:
         except DATABASE_ERRORS as error:
             for request in requests:
                 request.fail(error)
+            self._slots.not_marked(len(claims))
             return False
         done = [outcome for outcome in plain if outcome.record.job.job_id in moved]
         if done:
@@ -265,7 +270,9 @@ class Settler:
             found = [by_id[c.job.job_id] for c in request.claims if c.job.job_id in by_id]
             if not request.marked.done():
                 request.marked.set_result(found)
+        self._slots.not_marked(len(claims) - len(jobs))
         self._slots.settled(len(done))
+        self._slots.end_hand_over()
         return True
 
     def _recorded(
@@ -286,7 +293,8 @@ class Settler:
                 tasks.create_task(self._finish([outcome], tasks, alone=True))
             return
         self._recorded(group, recorded, tasks)
-        self._slots.settled(len(group))
+        returned = sum(isinstance(outcome, UnmarkedClaim) for outcome in group)
+        self._slots.settled(len(group), returned)
 
     async def _record(self, group: list[ClaimOutcome]) -> Recorded:
         ended = [o for o in group if isinstance(o, EndedAttempt)]

@@ -40,7 +40,7 @@ MAX_WAITING_OF_USER: Final = 250
 # Jobs are claimed ahead for as many sends as ended within this time, so they wait about as long.
 _AHEAD_S: Final = 0.05
 # If sends take longer than before, those jobs return to the queue after this time.
-_LONGEST_AHEAD_S: Final = 1.0
+_LONGEST_AHEAD_S: Final = 0.2
 
 
 # Called when a wait ends: with a permit, or with None if the claim must go back to the queue.
@@ -86,6 +86,10 @@ class Slots:
         self._ended: deque[tuple[float, int]] = deque()
         self._clock = clock
         self._in_flight = 0
+        # Those of them that count twice, because one statement ends one send and marks the next.
+        self._handed_over = 0
+        # Those of claims that were not marked, and whose return to the queue is not settled yet.
+        self._returning = 0
         self._closed = False
         self._free = asyncio.Event()
         self._idle = asyncio.Event()
@@ -101,8 +105,20 @@ class Slots:
 
     @property
     def in_flight(self) -> int:
-        """The number of slots in use. It exceeds the total while many waits end at once."""
-        return self._in_flight
+        """The number of slots of jobs that are marked, or may be. It never exceeds the total.
+
+        A slot that passes from a send that has ended to the next job, in the statement that records
+        the one and marks the other, counts once: only one of them may be in doubt after a crash.
+        """
+        return self._in_flight - self._handed_over - self._returning
+
+    @property
+    def excess(self) -> int:
+        """How many slots more than the total are in use while some are being handed over.
+
+        As many sends must be recorded by the next statement before it may mark all of its claims.
+        """
+        return max(0, self._in_flight - self._returning - self._total)
 
     @property
     def closed(self) -> bool:
@@ -153,10 +169,22 @@ class Slots:
     def hand_over(self, number: int) -> None:
         """Let claims that wait use the slots of `number` sends that have ended.
 
-        One statement must mark those claims and record those ends. `release` follows after it.
+        One statement must mark those claims and record those ends. `end_hand_over` follows after
+        it. The slots of ends that it did not record stay in use.
         """
         self._ended.append((self._clock(), number))
+        before = self._in_flight
         self._resume_waiting(self._total + number)
+        self._handed_over += self._in_flight - before
+
+    def end_hand_over(self) -> None:
+        """Count the slots that were handed over as those of other claims again."""
+        self._handed_over = 0
+
+    def not_marked(self, number: int) -> None:
+        """Note that claims were not marked. They keep their slots until they are settled."""
+        self._returning += number
+        self._handed_over -= min(number, self._handed_over)
 
     def release(self, number: int) -> None:
         """Give slots back. Claims that wait for one come before new claims."""
@@ -167,11 +195,13 @@ class Slots:
         if not (self._in_flight or self._waiting or self._overflow or self._ahead_taken):
             self._idle.set()
 
-    def settled(self, number: int) -> None:
+    def settled(self, number: int, returned: int = 0) -> None:
         """Give back the slots of claims that are settled, and let claims use the room they leave.
 
-        Not at each reply of a server: then the groups of claims would be small.
+        `returned` of them were not marked. This is not called at each reply of a server: then the
+        groups of claims would be small.
         """
+        self._returning -= returned
         self.release(number)
         if self._room:
             self._room = False
@@ -281,6 +311,7 @@ class Slots:
         slots = len(claims) if slots is None else slots
         if self._closed:
             self._in_flight += len(claims) - slots
+            self._returning += len(claims)
             for _, resume in claims:
                 resume(None)
             return 0
@@ -328,6 +359,7 @@ class Slots:
                 del self._lines[waiter.route]
             self._has_room(waiter.route.user, self._count_waiting(waiter.route, -1))
         self._in_flight += 1
+        self._returning += permit is None
         waiter.resume(permit)
 
     def _resume_waiting(self, most: int) -> None:

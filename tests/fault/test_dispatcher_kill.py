@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,53 @@ async def test_a_lease_that_expired_only_in_redis_takes_an_entry_of_the_window(
             assert await world.in_state(JobState.SCHEDULED) == {third}
             assert jobs_in(inbox.mails)[first] == 1
             await world.check_counts()
+
+
+# Mails that the server has accepted when a dispatcher is killed: at the start, and in full flight.
+MOMENTS = (1, 40, 150, 400, 700)
+
+
+async def test_kills_at_several_moments_of_full_load_leave_at_most_the_concurrency_in_doubt(
+    configure: Configure, start: Start, inbox: Inbox
+) -> None:
+    """Claims ahead take over slots: never more of them than there are ends that are recorded."""
+    values = configure(inbox.url)
+    async with World(settings_of(values)) as world:
+        senders = [await world.sender(user=f"u{n % 3}") for n in range(9)]
+        jobs = {job for each in senders for job in await world.schedule(each, 120)}
+        doubtful: set[tuple[int, int]] = set()
+        for moment in MOMENTS:
+            async with start(short_lease(values)) as child:
+                await eventually(lambda m=moment: len(inbox.mails) >= m)  # type: ignore[misc]
+                await child.kill()
+            # What it had sent to PostgreSQL may still be executed.
+            await eventually(partial(nobody_else_writes, world))
+            left = await being_sent(world) - doubtful
+            assert len(left) <= CONCURRENCY
+            doubtful |= left
+            unrecorded = set(jobs_in(inbox.mails)) - await world.in_state(JobState.SENT)
+            assert unrecorded <= {job for job, _ in doubtful}
+        async with running(settings_of(values)):
+            await eventually(world.done)
+        arrived = jobs_in(inbox.mails)
+        assert set(arrived) == jobs == await world.in_state(JobState.SENT)
+        copies = arrived.total() - len(jobs)
+        assert copies <= len(doubtful) <= CONCURRENCY * len(MOMENTS)
+        await world.check_counts()
+
+
+async def being_sent(world: World) -> set[tuple[int, int]]:
+    """Return the jobs that are SENDING, each with its attempt."""
+    rows = await world.sql("SELECT id, attempt FROM email_jobs WHERE state = 2")
+    return {(row.id, row.attempt) for row in rows}
+
+
+async def nobody_else_writes(world: World) -> bool:
+    rows = await world.sql(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'"
+        " AND pid <> pg_backend_pid()"
+    )
+    return not rows
 
 
 async def is_sent(world: World, job: int) -> bool:

@@ -17,12 +17,14 @@ from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.ended_claims import EndedAttempt
 from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
+from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import Claim, LimitUse
 from outbox_server.shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.marked_jobs import mark_refs, record_of
+from tests.slot_steps import relay
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -97,7 +99,7 @@ async def test_an_error_of_a_mark_does_not_keep_an_outcome_from_being_recorded(
     world: World, statements: AsyncEngine
 ) -> None:
     ended, [claim] = await one_sending(world, statements)
-    slots = Slots(1, unproven=1)
+    slots = Slots(2, unproven=1)
     await slots.take_free()
     broken = replace(claim, job=JobRef(claim.job.job_id, 40_000))  # exceeds the column
     marks = []
@@ -143,6 +145,32 @@ async def locked(world: World, job: JobRef) -> AsyncIterator[None]:
         await connection.execute("SELECT FROM email_jobs WHERE id = %s FOR UPDATE", [job.job_id])
         yield
         await connection.rollback()
+
+
+async def test_a_claim_gets_no_slot_of_a_send_whose_end_cannot_be_recorded(
+    world: World, statements: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox_server.services.dispatcher.slots._LONGEST_AHEAD_S", 600.0)
+    ended, claims = await one_sending(world, statements, waiting=2)
+    slots = Slots(2, unproven=2)
+    await slots.take_free()
+    slots.release(1)
+    marks: list[asyncio.Future[list[MarkedJob]]] = []
+    async with settling(world, statements, slots, slots.hand_over) as settler:
+        # Two claims wait while the only other slot is free: one takes it, one is handed over.
+        for user, claim in zip(("anna", "bert"), claims, strict=True):
+
+            def resume(_: object, claim: Claim = claim) -> None:
+                marks.append(settler.mark(world.queues[0], [claim]))
+
+            slots.wait([(relay(user), resume)], 600, slots=0)
+        async with locked(world, ended.record.job):
+            settler.settle(ended)
+            await eventually(lambda: len(marks) == 2 and all(mark.done() for mark in marks))
+            assert sum(len(mark.result()) for mark in marks) == 1
+            assert len(await world.in_state(JobState.SENDING)) == slots.in_flight == 2
+        await eventually(lambda: slots.in_flight == 1)
+    assert (await world.job(ended.record.job.job_id)).state == JobState.SENT
 
 
 async def someone_waits(world: World) -> bool:

@@ -50,6 +50,8 @@ async def settle(
         slots,
         CooldownRules.from_settings(world.settings),
     )
+    if isinstance(outcome, UnmarkedClaim):
+        slots.not_marked(1)
     settler.settle(outcome)
     settler.close()
     async with asyncio.timeout(PATIENCE):

@@ -14,7 +14,7 @@ from outbox_server.services.dispatcher import slots
 from outbox_server.shared.states import JobState, SmtpSecurity
 from tests.dispatchers import RunningDispatcher, options, running, settings_of
 from tests.eventually import eventually
-from tests.smtp_servers import ScriptedServer, Wait
+from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, jobs_in
 
 Configure = Callable[..., dict[str, str]]
@@ -42,6 +42,27 @@ def end(dispatcher: RunningDispatcher, server: ScriptedServer) -> None:
     """Stop without waiting for sends that hang."""
     dispatcher.stopping.set()
     server.cut()
+
+
+async def test_a_job_claimed_ahead_goes_to_another_dispatcher_when_sends_take_longer(
+    configure: Configure,
+) -> None:
+    hold = Wait()
+    # The replies become slow at once, when jobs were claimed ahead.
+    async with ScriptedServer({"body": [*[Succeed()] * 60, (hold, Succeed())]}) as server:
+        values = configure(dispatcher_concurrency=1, lease="10m", smtp_timeout="5m") | {
+            "smtp_url": server.url
+        }
+        settings = settings_of(values)
+        async with World(settings) as world:
+            jobs = [job for _ in range(3) for job in await world.schedule(await world.sender(), 40)]
+            async with running(settings):
+                await eventually(lambda: server.waiting["body"] == 1)
+                async with running(settings):
+                    await eventually(lambda: len(server.taken) == len(jobs))
+                    hold.event.set()
+                    await eventually(world.done)
+            assert jobs_in(server.taken) == dict.fromkeys(jobs, 1)
 
 
 @pytest.mark.parametrize(("phase", "gap_ms"), [("greeting", 0), ("rcpt", 50), ("body", 50)])

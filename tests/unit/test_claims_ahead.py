@@ -68,8 +68,42 @@ async def test_a_claim_ahead_takes_the_slot_of_a_send_before_its_end_is_recorded
     assert not waiting.ended
     end(slots, first)
     assert waiting.permit is not None
-    slots.settled(1)
+    # Only one of the two may be in doubt after a crash.
     assert slots.in_flight == 4
+    slots.settled(1)
+    slots.end_hand_over()
+    assert slots.in_flight == 4
+
+
+async def test_ends_that_were_not_recorded_leave_no_room_for_as_many_marks(slots: Slots) -> None:
+    held = await busy(slots, relay("anna"))
+    await slots.take_free()
+    waits = ahead(slots, *[relay("anna")] * 3)
+    end(slots, *held[:3])
+    assert [each.ended for each in waits] == [True] * 3
+    assert (slots.in_flight, slots.excess) == (5, 3)
+    # One of the three ends was not recorded, so one of the claims was not marked.
+    slots.not_marked(1)
+    slots.settled(2)
+    slots.end_hand_over()
+    assert (slots.in_flight, slots.excess) == (5, 0)
+    slots.settled(1, returned=1)
+    assert slots.in_flight == 5
+
+
+async def test_a_statement_that_failed_leaves_the_sends_in_flight_that_it_should_record(
+    slots: Slots,
+) -> None:
+    held = await busy(slots, relay("anna"))
+    ahead(slots, *[relay("anna")] * 3)
+    end(slots, *held[:3])
+    slots.not_marked(3)
+    assert slots.in_flight == 4
+    slots.settled(3)
+    slots.end_hand_over()
+    assert slots.in_flight == 1
+    slots.settled(3, returned=3)
+    assert slots.in_flight == 1
 
 
 async def test_no_more_claims_take_over_than_sends_have_ended(slots: Slots) -> None:
@@ -127,6 +161,7 @@ async def test_claims_ahead_go_back_to_the_queue_before_long(
     [waiting] = ahead(slots, relay("anna"))
     await waiting.end()
     assert waiting.permit is None
+    assert slots.in_flight == 4
 
 
 async def test_claims_of_unknown_routes_wait_for_a_slot_too(slots: Slots) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     case,
     column,
     func,
+    literal,
     not_,
     null,
     or_,
@@ -151,6 +152,8 @@ def marking(first: CTE | None = None) -> CTE:
     Jobs of cancelled and of paused batches are left out. A later cancellation or pause waits for
     FOR SHARE of this statement (see shared/database/cancellations.py and pauses.py).
 
+    Of the claims, at most `room` and one for each job of `first` are marked, in any order.
+
     It waits for nobody: jobs and batches that somebody else has locked are left out, because the
     other jobs of the group would wait for them. `explain_unmarked` finds them. There are two
     exceptions. While a dispatcher begins the next life, or the stored settings change, the
@@ -161,7 +164,12 @@ def marking(first: CTE | None = None) -> CTE:
     is held (`shared.holds`), and nothing at all in data that are older than what this process has
     seen.
     """
-    begins = true() if first is None else _done(first)
+    number: ColumnElement[int] = literal(0)
+    begins: ColumnElement[bool] = true()
+    if first is not None:
+        number = select(func.count()).select_from(first).scalar_subquery()
+        # So that this part is executed after `first`.
+        begins = number >= 0
     life = _valid_life.where(begins).with_for_update(read=True, key_share=True).cte("life")
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (
@@ -206,6 +214,7 @@ def marking(first: CTE | None = None) -> CTE:
             _DATA_ARE_NEW,
             may_be_sent(),
         )
+        .limit(func.greatest(bindparam("room", type_=BigInteger) + number, 0))
         .with_for_update(of=EmailJob, key_share=True, skip_locked=True)
         .cte("decided")
     )
@@ -242,10 +251,6 @@ def marking(first: CTE | None = None) -> CTE:
         )
         .cte("marked")
     )
-
-
-def _done(first: CTE) -> ColumnElement[bool]:
-    return select(func.count()).select_from(first).scalar_subquery() >= 0
 
 
 def marked_columns(marked: CTE) -> Select[Any]:
@@ -288,7 +293,9 @@ def _claims(claims: Sequence[Claim], shard: int) -> dict[str, Any]:
 class Marking:
     """Claims to be marked, all made in one life of a shard of a key space.
 
-    `seen` is the number of the newest heartbeat that the process has seen.
+    `seen` is the number of the newest heartbeat that the process has seen. At most `room` of the
+    claims are marked, and one more for each outcome that the same statement records. None means
+    all of them.
     """
 
     claims: Sequence[Claim]
@@ -296,6 +303,7 @@ class Marking:
     shard: int
     key_space: str = ""
     seen: int = 0
+    room: int | None = None
 
     def values(self) -> dict[str, Any]:
         """Return the parameters of the statement."""
@@ -303,6 +311,7 @@ class Marking:
             "lease": self.lease,
             KEY_SPACE: self.key_space,
             "seen": self.seen,
+            "room": len(self.claims) if self.room is None else self.room,
         }
 
 
