@@ -123,7 +123,7 @@ def revoke(
 ) -> None:
     """Revoke an API key for good. After at most 5 s, no server accepts it.
 
-    $ outbox api-keys revoke k7m2p4x9qa
+    $ outbox api-keys revoke KEY_ID
     """
     request = change.of(pb.RevokeApiKeyRequest(api_key_id=key_id_of(key_id)))
     with connection("scheduler", server) as client:

@@ -26,7 +26,7 @@ def list_events(
         str, typer.Option("--user", metavar="ID", help="Only changes of what this user owns.")
     ] = "",
     target: Annotated[
-        str, typer.Option("--target", help="Only changes of this target, such as senders/17.")
+        str, typer.Option("--target", help="Only changes of this target, such as senders/SENDER_ID.")
     ] = "",
     after: Annotated[
         datetime | None,
@@ -44,7 +44,7 @@ def list_events(
 
     `-o json` shows the values before and after.
 
-    $ outbox audit-events --user demo
+    $ outbox audit-events --user acme
     """
     request = pb.ListAuditEventsRequest(
         user_id=user, target=target, start_time=to_timestamp(after), end_time=to_timestamp(before)

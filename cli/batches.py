@@ -54,7 +54,7 @@ app = typer.Typer(
     help="Show, watch, pause, change and cancel batches.",
 )
 
-BatchId = Annotated[str, typer.Argument(metavar="BATCH_ID")]
+BatchId = Annotated[str, typer.Argument(metavar="BATCH_ID", help="Id from `outbox batches list`.")]
 
 
 @app.command()
@@ -97,7 +97,7 @@ def list_(
 ) -> None:
     """List batches, newest first, or in another order.
 
-    $ outbox batches list --user demo --filter "state = ACTIVE"
+    $ outbox batches list --user acme --filter "state = ACTIVE"
     """
     request = pb.ListBatchesRequest(
         user_id=user, sender_id=sender, filter=filtering.filter, order_by=filtering.order_by
@@ -137,7 +137,7 @@ def pause(
 ) -> None:
     """Pause a batch: no further mail of it is sent until it is resumed, or until a time.
 
-    $ outbox batches pause BATCH_ID --until 'in 2h'
+    $ outbox batches pause $BATCH --until 'in 2h'
     """
     request = pb.PauseBatchRequest(batch_id=batch_id, user_id=user, until=to_timestamp(until))
     with connection("scheduler", server) as client:
@@ -199,9 +199,9 @@ def update(
 ) -> None:
     """Change the templates or the times of the mail of a batch that is unsent.
 
-    $ outbox batches update BATCH_ID --subject 'Hello {{ first_name }}'
+    $ outbox batches update $BATCH --subject 'Hello {{ first_name }}'
 
-    $ outbox batches update BATCH_ID --schedule-time 'in 1d' --spacing 5s
+    $ outbox batches update $BATCH --schedule-time 'in 1d' --spacing 5s
     """
     given: dict[str, Any] = {
         **content.templates(),

@@ -293,10 +293,10 @@ def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
     return printable(line)
 
 
-def in_brief(error: CallError, server: str) -> str:
+def in_brief(error: CallError, server: str = "") -> str:
     """Return one line at once, without finding the cause, for views that refresh themselves."""
     if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
-        return f"no answer from {server}"
+        return f"no answer from {server}" if server else "no answer"
     return printable(" ".join(str(error).split()))
 
 

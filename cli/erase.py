@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 @with_option_groups
 def erase(
-    email: Annotated[str, typer.Argument(metavar="ADDRESS")],
+    email: Annotated[str, typer.Argument(metavar="ADDRESS", help="Mail address of the recipient.")],
     *,
     user: User = "",
     change: ChangeOptions,
@@ -37,7 +37,7 @@ def erase(
     suppressed, by a hash alone. Counts stay. The command waits for mail that
     is being sent. If it is interrupted, run it again.
 
-    $ outbox erase ann@example.com --user demo
+    $ outbox erase ann@example.com --user acme
     """
     request = pb.EraseRecipientRequest(user_id=user, email=email)
     total = pb.EraseRecipientResponse()

@@ -145,7 +145,7 @@ def release(
     The filter stays in force until the hold ends, also for mail that is
     accepted later. When nothing is held any more, the hold ends.
 
-    $ outbox held release --sender 5
+    $ outbox held release --sender $SENDER
 
     $ outbox held release --all
     """

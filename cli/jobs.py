@@ -88,7 +88,9 @@ app = typer.Typer(
 
 app.command()(watch)
 
-JobId = Annotated[str, typer.Argument(metavar="EMAIL_JOB_ID")]
+JobId = Annotated[
+    str, typer.Argument(metavar="EMAIL_JOB_ID", help="Id from `outbox jobs list`.")
+]
 
 
 @app.command()
@@ -115,7 +117,7 @@ def render(
 ) -> None:
     """Write the mail of a job, as it would be sent now, to stdout.
 
-    $ outbox jobs render EMAIL_JOB_ID
+    $ outbox jobs render $JOB
     """
     with connection("scheduler", server) as client:
         mail = client.email_jobs.RenderEmailJob(
@@ -150,9 +152,9 @@ def list_(
 ) -> None:
     """List jobs in the order in which they were accepted, or in another one.
 
-    $ outbox jobs list --user demo --state failed
+    $ outbox jobs list --user acme --state failed
 
-    $ outbox jobs list --user demo --filter "attempt_count > 1" --order-by "create_time desc"
+    $ outbox jobs list --user acme --filter "attempt_count > 1" --order-by "create_time desc"
     """
     request = pb.ListEmailJobsRequest(
         user_id=user,
@@ -184,7 +186,7 @@ def export(
 
     Each job is as it is when it is written: the export is not of one moment.
 
-    $ outbox jobs export --user demo --filter "state = FAILED"
+    $ outbox jobs export --user acme --filter "state = FAILED"
     """
     request = pb.ExportEmailJobsRequest(
         user_id=user, sender_id=sender, batch_id=batch, filter=filter_
@@ -206,7 +208,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count the jobs.")]
 @app.command()
 @with_option_groups
 def cancel(
-    email_job_id: Annotated[str, typer.Argument(metavar="[EMAIL_JOB_ID]", show_default=False)] = "",
+    email_job_id: Annotated[str, typer.Argument(
+            metavar="[EMAIL_JOB_ID]", show_default=False, help="Id from `outbox jobs list`."
+        ),
+    ] = "",
     *,
     filter_: Filter = "",
     dry_run: DryRun = False,
@@ -219,7 +224,7 @@ def cancel(
 
     If it is too late for the one job, the command fails.
 
-    $ outbox jobs cancel --user demo --filter "recipient = ann@example.com" --dry-run
+    $ outbox jobs cancel --user acme --filter "recipient = ann@example.com" --dry-run
     """
     if bool(email_job_id) == bool(filter_):
         raise typer.BadParameter("give a job's id or --filter")
@@ -240,7 +245,7 @@ def cancel(
 def reschedule(
     *,
     filter_: Annotated[
-        str, typer.Option("--filter", metavar="FILTER", help="The jobs, such as 'sender_id = 17'.")
+        str, typer.Option("--filter", metavar="FILTER", help="The jobs, such as 'row_number > 9'.")
     ],
     at: Annotated[
         datetime | None,
@@ -258,7 +263,7 @@ def reschedule(
 ) -> None:
     """Give all waiting jobs that match a filter another due time.
 
-    $ outbox jobs reschedule --user demo --filter "sender_id = 17" --delay 2h
+    $ outbox jobs reschedule --user acme --filter "sender_id = $SENDER" --delay 2h
     """
     if (at is None) == (delay is None):
         raise typer.BadParameter("give --at or --delay")
@@ -292,7 +297,9 @@ def _in_parts(method: Callable[[Any], Any], request: Any, count: str, change: Ch
 @with_option_groups
 def retry(
     email_job_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[EMAIL_JOB_ID]...", show_default=False)
+        list[str] | None, typer.Argument(
+            metavar="[EMAIL_JOB_ID]...", show_default=False, help="Ids from `outbox jobs list`."
+        ),
     ] = None,
     *,
     batch: Annotated[
@@ -310,7 +317,7 @@ def retry(
 ) -> None:
     """Schedule failed jobs again, due now. Jobs in other states are skipped.
 
-    $ outbox jobs retry --batch 17
+    $ outbox jobs retry --batch $BATCH
     """
     request = pb.RetryEmailJobsRequest(
         user_id=user,
@@ -351,7 +358,7 @@ def resolve(
 ) -> None:
     """Resolve a job in UNCERTAIN, for which it is unknown whether the mail arrived.
 
-    $ outbox jobs resolve 4711 sent
+    $ outbox jobs resolve $JOB sent
     """
     request = pb.ResolveEmailJobRequest(
         email_job_id=email_job_id,

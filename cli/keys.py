@@ -182,7 +182,7 @@ def revoke(
 ) -> None:
     """Revoke an API key for good. Within 5 s, no server accepts it any more.
 
-    $ outbox keys revoke k7m2p4x9qa
+    $ outbox keys revoke KEY_ID
     """
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.store import revoke_key

@@ -61,12 +61,15 @@ class Filtering:
         typer.Option(
             "--filter",
             metavar="FILTER",
-            help="Only what matches, such as 'state = FAILED' (docs/filters.md).",
+            help="Only what matches, such as 'create_time > 2026-12-01T00:00:00Z'; docs/filters.md "
+            "has the fields of each list.",
         ),
     ] = ""
     order_by: Annotated[
         str,
-        typer.Option("--order-by", metavar="FIELD", help="The order, such as 'create_time desc'."),
+        typer.Option(
+            "--order-by", metavar="FIELD", help="The order; docs/filters.md has those of each list."
+        ),
     ] = ""
 
 
@@ -232,5 +235,7 @@ def text_or_file(text: str | None, file: Path | None, flags: str) -> str | None:
         if str(file) == "-":
             return sys.stdin.read()
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{file} cannot be read: {error}") from None
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{file} is not UTF-8 text") from None

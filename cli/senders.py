@@ -46,7 +46,9 @@ app = typer.Typer(
     help="Create, show, update, test, pause and delete senders.",
 )
 
-SenderId = Annotated[str, typer.Argument(metavar="SENDER_ID")]
+SenderId = Annotated[
+    str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything and show the result; change nothing.")
 ]
@@ -66,12 +68,12 @@ def create(
 ) -> None:
     """Create a sender.
 
-    $ outbox senders create --user demo --email news@example.com --hourly-limit 200 --min-gap 2s
+    $ outbox senders create --user acme --email news@example.com --hourly-limit 200 --min-gap 2s
 
-    $ outbox senders create --user demo --email news@example.com
+    $ outbox senders create --user acme --email news@example.com
     --sending-hours 'mon-fri 09:00-17:00' --sending-zone Europe/Berlin
 
-    $ outbox senders create --user demo --email news@example.com --smtp-preset gmail
+    $ outbox senders create --user acme --email news@example.com --smtp-preset gmail
     --smtp-username news@example.com --oauth2-client-id ID
     --oauth2-client-secret-file secret.txt --oauth2-refresh-token-file token.txt
     """
@@ -120,7 +122,7 @@ def list_(
 ) -> None:
     """List the senders of a user, oldest first, or in another order.
 
-    $ outbox senders list --user demo
+    $ outbox senders list --user acme
     """
     request = pb.ListSendersRequest(
         user_id=user,
@@ -157,9 +159,9 @@ def update(
 ) -> None:
     """Change the given fields of a sender. The change applies from the next send on.
 
-    $ outbox senders update SENDER_ID --hourly-limit 100 --unset min_gap
+    $ outbox senders update $SENDER --hourly-limit 100 --unset min_gap
 
-    $ outbox senders update SENDER_ID --unset sending_hours
+    $ outbox senders update $SENDER --unset sending_hours
     """
     given = sender.to_fields()
     if email is not None:
@@ -281,7 +283,7 @@ def pause(
 ) -> None:
     """Pause a sender: it begins no more sends until it is resumed, or until a time.
 
-    $ outbox senders pause SENDER_ID --until 2026-12-01T08:00:00Z
+    $ outbox senders pause $SENDER --until 2026-12-01T08:00:00Z
     """
     request = pb.PauseSenderRequest(
         sender_id=sender_id, user_id=user, until=None if until is None else to_timestamp(until)
@@ -322,7 +324,7 @@ def verify(
 ) -> None:
     """Test a sender's SMTP session up to RCPT, without sending. Exit code 1 means not ready.
 
-    $ outbox senders verify 4011225433571328001
+    $ outbox senders verify $SENDER
     """
     with connection("scheduler", server) as client:
         found = client.senders.VerifySender(

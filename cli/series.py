@@ -49,7 +49,7 @@ _MAX_WIDTH: Final = 120
 
 
 def series(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID")],
+    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
     *,
     start_time: Annotated[
         datetime | None,
@@ -72,7 +72,7 @@ def series(
 ) -> None:
     """Show a sender's sent, failed, retried and late mails over time, with their lateness.
 
-    $ outbox stats series 3 --bucket 5m --plot
+    $ outbox stats series $SENDER --bucket 5m --plot
     """
     request = pb.QuerySenderSeriesRequest(
         sender_id=sender_id,

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -250,7 +250,9 @@ def _change_document(change: RecordedChange) -> Mapping[str, Any]:
 
 
 def _time(change: RecordedChange) -> str:
-    return "" if change.happened_at is None else change.happened_at.isoformat(timespec="seconds")
+    if change.happened_at is None:
+        return ""
+    return change.happened_at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _print_values(values: AgreedValues) -> None:

@@ -113,7 +113,7 @@ def steps_of(profile: Profile, outbox: str) -> list[str]:
         longest.most if longest is not None and soon else _MAILS_BEYOND_QUOTA
     )
     find_id = r"""sed -n 's/.*"sender_id": "\(.*\)".*/\1/p'"""
-    create = f"{outbox} senders create --user demo --email news@example.com -o json"
+    create = f"{outbox} senders create --user acme --email news@example.com -o json"
     return [
         f"sender=$({create} | {find_id})",
         f"(echo email; seq -f 'person%g@example.org' {mails}) > people.csv",
@@ -128,7 +128,7 @@ def steps_of(profile: Profile, outbox: str) -> list[str]:
 def closing_of_steps(outbox: str) -> list[str]:
     """Return further commands, each with its purpose."""
     return [
-        f"Watch it live: {outbox} top --user demo",
+        f"Watch it live: {outbox} top --user acme",
         f"Explain why a mail waits, and until when: {outbox} jobs explain ID",
         f"Show every reply: {outbox} jobs attempts ID",
         f"End a cooldown early: {outbox} senders resume $sender",

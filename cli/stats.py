@@ -80,7 +80,7 @@ def stats(ctx: typer.Context) -> None:
 
 @app.command()
 def sender(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID")],
+    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -101,7 +101,7 @@ def sender(
 @app.command(name="user")
 @with_option_groups
 def user_(
-    user_id: Annotated[str, typer.Argument(metavar="[USER_ID]", show_default=False)] = "",
+    user_id: Annotated[str, typer.Argument(metavar="[USER_ID]", show_default=False, help="The user; or use --user.")] = "",
     *,
     user: User = "",
     paging: Paging,
@@ -110,7 +110,7 @@ def user_(
 ) -> None:
     """Show the exact counts of a user, in total and by sender.
 
-    $ outbox stats user demo
+    $ outbox stats user acme
     """
     request = pb.GetUserStatsRequest(user_id=one_user(user_id, user))
     with connection("stats", server) as client:
@@ -127,7 +127,7 @@ def user_(
 
 @app.command()
 def watch(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID")],
+    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -148,7 +148,7 @@ def watch(
 
 @app.command()
 def audit(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID")],
+    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
     *,
     start_time: Annotated[
         datetime | None,
@@ -161,7 +161,7 @@ def audit(
 ) -> None:
     """Compare everything that a sender sent with its gap and hourly limit.
 
-    $ outbox stats audit 3
+    $ outbox stats audit $SENDER
     """
     request = pb.AuditSenderRequest(
         sender_id=sender_id,
@@ -185,7 +185,7 @@ def endpoints(user: User = "", server: Server = None, output: Output = OutputFor
     Lately means the last 5 to 10 minutes. An operator who names no user gets
     the endpoints of all users, and the relay, which belongs to no user.
 
-    $ outbox stats endpoints --user demo
+    $ outbox stats endpoints --user acme
     """
     request = pb.ListEndpointStatsRequest(user_id=user)
     with connection("stats", server) as client:

@@ -34,7 +34,7 @@ app = typer.Typer(
     help="Manage the addresses that mail must never go to.",
 )
 
-Email = Annotated[str, typer.Argument(metavar="ADDRESS")]
+Email = Annotated[str, typer.Argument(metavar="ADDRESS", help="Mail address.")]
 
 
 @app.command()
@@ -50,7 +50,7 @@ def create(
 ) -> None:
     """Suppress an address: no mail of this user is sent to it any more.
 
-    $ outbox suppressions create ann@example.com --user demo --reason unsubscribed
+    $ outbox suppressions create ann@example.com --user acme --reason unsubscribed
     """
     request = pb.CreateSuppressionRequest(
         user_id=user, suppression=Suppression(email=email, reason=reason)
@@ -93,7 +93,7 @@ def import_(
     which makes such a cell a text in spreadsheets, is removed. If the import is
     interrupted, run it again: what is suppressed already stays as it is.
 
-    $ outbox suppressions import unsubscribed.csv --user demo --reason unsubscribed
+    $ outbox suppressions import unsubscribed.csv --user acme --reason unsubscribed
     """
     first = change.of(
         pb.ImportSuppressionsRequest(
@@ -137,7 +137,7 @@ def export(
     In a CSV, a cell that spreadsheets would take for a formula gets a ' in front.
     `import` removes it.
 
-    $ outbox suppressions export --user demo
+    $ outbox suppressions export --user acme
     """
     request = pb.ExportSuppressionsRequest(user_id=user, filter=filter_)
     with connection("scheduler", server) as client:
@@ -176,7 +176,7 @@ def list_(
 ) -> None:
     """List the suppressed addresses of a user.
 
-    $ outbox suppressions list --user demo
+    $ outbox suppressions list --user acme
     """
     request = pb.ListSuppressionsRequest(
         user_id=user, filter=filtering.filter, order_by=filtering.order_by

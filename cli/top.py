@@ -28,7 +28,7 @@ from outbox.v1.sender_service_pb2 import (
 )
 from outbox.v1.stats_pb2 import EndpointStats, SenderStats
 from outbox.v1.stats_service_pb2 import GetSenderStatsRequest, ListEndpointStatsRequest
-from outbox_client import CallError, Client
+from outbox_client import CallError, Client, InvalidArgument, PermissionDenied, Unauthenticated
 from rich.console import Console
 from rich.live import Live
 
@@ -94,7 +94,7 @@ def top(
     its first waiting mail. Page up and down (or b and n) turn the page if there
     are more than 30 senders. ? shows help, q quits. `-o json` prints one snapshot.
 
-    $ outbox top --user demo
+    $ outbox top --user acme
     """
     with ExitStack() as stack:
         scheduler = stack.enter_context(connection("scheduler", server))
@@ -114,7 +114,14 @@ def top(
             return
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise CommandFailed("top needs a terminal; `-o json` works without one")
-        _show(monitor, interval)
+        console = Console(markup=False, highlight=False, emoji=False)
+        if console.is_dumb_terminal:
+            name = os.environ["TERM"]
+            raise CommandFailed(
+                f"top needs a terminal that can move the cursor (TERM is {name!r}); "
+                "`-o json` works without one"
+            )
+        _show(monitor, interval, console)
 
 
 @dataclass
@@ -123,8 +130,9 @@ class _Dispatcher:
 
     address: str
     client: Client
-    # An unreachable dispatcher must not slow down every refresh.
+    # An unreachable dispatcher must not slow down every refresh. Its trouble stays until then.
     ask_at: float = 0.0
+    trouble: str = ""
 
 
 @dataclass
@@ -149,7 +157,11 @@ class _Monitor:
         self._pool = self.stack.enter_context(ThreadPoolExecutor(_MAX_SENDERS))
 
     def refresh(self) -> View:
-        """Query all three services. An unreachable one becomes a line of the view."""
+        """Query all three services. An unreachable one becomes a line of the view.
+
+        Raises:
+            CallError: the next refresh would be refused as well, such as for a missing user.
+        """
         senders: list[SenderView] = []
         dispatchers: list[DispatcherStatus] = []
         endpoints: Sequence[EndpointStats] = ()
@@ -163,15 +175,19 @@ class _Monitor:
             self._next_page = page.next_page_token
             senders.extend(self._pool.map(self._ask, page.senders))
             endpoints = self._ask_endpoints()
+        except (InvalidArgument, PermissionDenied, Unauthenticated):
+            raise
         except CallError as error:
             troubles.append(in_brief(error, "the scheduler or the stats service"))
         now = time.monotonic()
         asked = [each for each in self.dispatchers if now >= each.ask_at]
         for each, answer in zip(asked, self._pool.map(_ask_dispatcher, asked), strict=True):
+            each.trouble = ""
             if isinstance(answer, DispatcherStatus):
                 dispatchers.append(answer)
             else:
-                troubles.append(f"dispatcher {each.address}: {answer}")
+                each.trouble = f"dispatcher {each.address}: {answer}"
+        troubles += [each.trouble for each in self.dispatchers if each.trouble]
         troubles += sorted(filter(None, {_held(each) for each in dispatchers}))
         self.view = View(
             datetime.now(UTC),
@@ -252,7 +268,7 @@ def _ask_dispatcher(asked: _Dispatcher) -> DispatcherStatus | str:
         return asked.client.dispatcher.GetDispatcherStatus(GetDispatcherStatusRequest(), timeout=2)
     except CallError as error:
         asked.ask_at = time.monotonic() + _RETRY_AFTER_S
-        return in_brief(error, "it")
+        return in_brief(error)
 
 
 def _held(status: DispatcherStatus) -> str:
@@ -265,8 +281,7 @@ def _held(status: DispatcherStatus) -> str:
     )
 
 
-def _show(monitor: _Monitor, interval: float) -> None:
-    console = Console(markup=False, highlight=False, emoji=False)
+def _show(monitor: _Monitor, interval: float, console: Console) -> None:
     with _raw_keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
         next_refresh = 0.0
         while True:

@@ -362,9 +362,10 @@ def examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]:
     if choice is not None:
         return steps_of(choice.profile, _command("outbox"))
     grpcurl, outbox = _command("grpcurl"), _command("outbox")
-    sender = {"user_id": "demo", "sender": {"email": "news@example.com"}}
+    sender = {"user_id": "acme", "sender": {"email": "news@example.com"}}
     options = {
-        "request_id": "first",
+        # Lines that are pasted again make another sender and another batch.
+        "request_id": "SENDER-1",
         "sender_id": "SENDER",
         "subject": "Hello {{ name }}",
         "body": "Good to see you, {{ name }}.",

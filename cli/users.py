@@ -30,7 +30,7 @@ app = typer.Typer(
     help="Show and change the quotas, limits and sender domains of users (operators only).",
 )
 
-UserId = Annotated[str, typer.Argument(metavar="[USER]", show_default=False)]
+UserId = Annotated[str, typer.Argument(metavar="[USER]", show_default=False, help="The user; or use --user.")]
 UserOption = Annotated[
     str, typer.Option("--user", metavar="USER", help="The same as the argument.")
 ]
@@ -171,7 +171,7 @@ def show_user(
 ) -> None:
     """Show the quotas of a user, what it uses of them, and its domains.
 
-    $ outbox users show demo
+    $ outbox users show acme
     """
     with connection("scheduler", server) as client:
         found = client.users.GetUser(pb.GetUserRequest(user_id=one_user(user_id, user)))
@@ -203,7 +203,7 @@ def set_(
 ) -> None:
     """Change the quotas, limits or domains of a user. What exists already stays.
 
-    $ outbox users set demo --waiting-jobs 500000 --domain example.com
+    $ outbox users set acme --waiting-jobs 500000 --domain example.com
     """
     if domain and no_domains:
         raise typer.BadParameter("cannot be combined with --domain", param_hint="--no-domains")

@@ -69,7 +69,7 @@ def watch(
 
     With `-o json`, each line is a JSON document: a message with its `resume_token`.
 
-    $ outbox jobs watch --user demo --state SENT --state FAILED
+    $ outbox jobs watch --user acme --state SENT --state FAILED
     """
     request = pb.WatchEmailJobsRequest(
         user_id=user,

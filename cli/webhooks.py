@@ -36,8 +36,8 @@ app = typer.Typer(
     help="Manage the URLs to which changes of jobs are posted.",
 )
 
-WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK_ID")]
-Url = Annotated[str, typer.Argument(metavar="URL")]
+WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK_ID", help="Id from `outbox webhooks list`.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="Where to post, an https URL.")]
 States = Annotated[
     list[int] | None,
     typer.Option(
@@ -65,7 +65,7 @@ def create(
 ) -> None:
     """Create a webhook, and show its secret, which is not shown again.
 
-    $ outbox webhooks create https://example.com/outbox --user demo --state FAILED
+    $ outbox webhooks create https://example.com/outbox --user acme --state FAILED
     """
     webhook = Webhook(url=url, sender_id=sender, states=_states(state))
     request = pb.CreateWebhookRequest(user_id=user, webhook=webhook)
@@ -132,9 +132,9 @@ def update(
 ) -> None:
     """Change a webhook, stop it, or let it continue where it stopped.
 
-    $ outbox webhooks update 3751 --user demo --enable
+    $ outbox webhooks update $WEBHOOK --user acme --enable
 
-    $ outbox webhooks update 3751 --user demo --unset states
+    $ outbox webhooks update $WEBHOOK --user acme --unset states
     """
     given = {"url": url, "states": state, "disabled": disabled}
     webhook = Webhook(

@@ -288,7 +288,7 @@ async def test_the_commands_that_up_prints_with_a_provider_reach_its_quota(folde
         lines = re.findall(r"(?m)^  (\S.*)", printed)
         assert len(lines) == 7
         assert "person30@example.org" in pasted(folder, lines)
-        (sender,) = up.ask("senders", "list", "--user", "demo")["senders"]
+        (sender,) = up.ask("senders", "list", "--user", "acme")["senders"]
         sender_id = sender["sender_id"]
         await eventually(
             lambda: "5.4.5" in str(up.ask("senders", "get", sender_id).get("cooldown"))

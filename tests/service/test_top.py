@@ -151,14 +151,15 @@ async def test_top_shows_a_cooldown_with_the_reply_until_a_resume_ends_it(
     assert scheduler.value("SELECT count(*) FROM cooldowns") == 0
 
 
-async def test_top_without_a_terminal_prints_one_document_or_a_clear_error(
+async def test_top_without_a_real_terminal_prints_one_document_or_a_clear_error(
     scheduler: Scheduler, stats: str, tmp_path: Path
 ) -> None:
     sender = await scheduler.sender(email="first@x.org")
     values = environment(scheduler, stats)
     away = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     each = [word for address in away for word in ("--dispatcher", address)]
-    for more, code in (((), 1), (("-o", "json", *each), 0)):
+    refusals = {(): b"needs a terminal", ("-o", "json", "--user", ""): b"--user: is required"}
+    for more, refusal in (*refusals.items(), (("-o", "json", *each), b"")):
         process = await asyncio.create_subprocess_exec(
             *COMMAND,
             *more,
@@ -169,14 +170,17 @@ async def test_top_without_a_terminal_prints_one_document_or_a_clear_error(
             cwd=tmp_path,
         )
         out, err = await process.communicate()
-        assert process.returncode == code, err
-        if code:
-            assert b"needs a terminal" in err
+        assert process.returncode == bool(refusal), err
+        assert refusal in err
     (found,) = json.loads(out)["senders"]
     assert found["sender"]["sender_id"] == sender.sender_id
     assert "waiting_count" in found["stats"]
     troubles = json.loads(out)["troubles"]
-    assert troubles == [f"dispatcher {address}: no answer from it" for address in away]
+    assert troubles == [f"dispatcher {address}: no answer" for address in away]
+    async with terminal(values | {"TERM": "dumb"}, tmp_path) as screen:
+        async with asyncio.timeout(PATIENCE):
+            assert await screen.process.wait() == 1
+        await eventually(lambda: screen.shows("TERM is 'dumb'"))
 
 
 async def test_top_pages_through_more_senders_than_fit(
