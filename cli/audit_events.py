@@ -26,7 +26,8 @@ def list_events(
         str, typer.Option("--user", metavar="ID", help="Only changes of what this user owns.")
     ] = "",
     target: Annotated[
-        str, typer.Option("--target", help="Only changes of this target, such as senders/SENDER_ID.")
+        str,
+        typer.Option("--target", help="Only changes of this target, such as senders/SENDER_ID."),
     ] = "",
     after: Annotated[
         datetime | None,

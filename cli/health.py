@@ -40,7 +40,8 @@ def health(
 
     If it is not ready, the second line says which store is in trouble.
 
-    A kubelet asks the same by itself (a gRPC probe of the port), which costs less than a command.
+    A kubelet can ask by itself (a gRPC probe of the port), which costs less than a
+    command. `outbox up` opens no health port.
 
     $ OUTBOX_HEALTH_LISTEN=127.0.0.1:50060 outbox health liveness
     """

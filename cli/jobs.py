@@ -88,9 +88,7 @@ app = typer.Typer(
 
 app.command()(watch)
 
-JobId = Annotated[
-    str, typer.Argument(metavar="EMAIL_JOB_ID", help="Id from `outbox jobs list`.")
-]
+JobId = Annotated[str, typer.Argument(metavar="EMAIL_JOB_ID", help="Id from `outbox jobs list`.")]
 
 
 @app.command()
@@ -208,7 +206,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count the jobs.")]
 @app.command()
 @with_option_groups
 def cancel(
-    email_job_id: Annotated[str, typer.Argument(
+    email_job_id: Annotated[
+        str,
+        typer.Argument(
             metavar="[EMAIL_JOB_ID]", show_default=False, help="Id from `outbox jobs list`."
         ),
     ] = "",
@@ -297,7 +297,8 @@ def _in_parts(method: Callable[[Any], Any], request: Any, count: str, change: Ch
 @with_option_groups
 def retry(
     email_job_ids: Annotated[
-        list[str] | None, typer.Argument(
+        list[str] | None,
+        typer.Argument(
             metavar="[EMAIL_JOB_ID]...", show_default=False, help="Ids from `outbox jobs list`."
         ),
     ] = None,

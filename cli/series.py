@@ -49,7 +49,9 @@ _MAX_WIDTH: Final = 120
 
 
 def series(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
+    sender_id: Annotated[
+        str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")
+    ],
     *,
     start_time: Annotated[
         datetime | None,

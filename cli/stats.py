@@ -80,7 +80,9 @@ def stats(ctx: typer.Context) -> None:
 
 @app.command()
 def sender(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
+    sender_id: Annotated[
+        str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")
+    ],
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -101,7 +103,10 @@ def sender(
 @app.command(name="user")
 @with_option_groups
 def user_(
-    user_id: Annotated[str, typer.Argument(metavar="[USER_ID]", show_default=False, help="The user; or use --user.")] = "",
+    user_id: Annotated[
+        str,
+        typer.Argument(metavar="[USER_ID]", show_default=False, help="The user; or use --user."),
+    ] = "",
     *,
     user: User = "",
     paging: Paging,
@@ -127,7 +132,9 @@ def user_(
 
 @app.command()
 def watch(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
+    sender_id: Annotated[
+        str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")
+    ],
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -148,7 +155,9 @@ def watch(
 
 @app.command()
 def audit(
-    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")],
+    sender_id: Annotated[
+        str, typer.Argument(metavar="SENDER_ID", help="Id from `outbox senders list`.")
+    ],
     *,
     start_time: Annotated[
         datetime | None,

@@ -30,7 +30,9 @@ app = typer.Typer(
     help="Show and change the quotas, limits and sender domains of users (operators only).",
 )
 
-UserId = Annotated[str, typer.Argument(metavar="[USER]", show_default=False, help="The user; or use --user.")]
+UserId = Annotated[
+    str, typer.Argument(metavar="[USER]", show_default=False, help="The user; or use --user.")
+]
 UserOption = Annotated[
     str, typer.Option("--user", metavar="USER", help="The same as the argument.")
 ]

@@ -36,7 +36,9 @@ app = typer.Typer(
     help="Manage the URLs to which changes of jobs are posted.",
 )
 
-WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK_ID", help="Id from `outbox webhooks list`.")]
+WebhookId = Annotated[
+    str, typer.Argument(metavar="WEBHOOK_ID", help="Id from `outbox webhooks list`.")
+]
 Url = Annotated[str, typer.Argument(metavar="URL", help="Where to post, an https URL.")]
 States = Annotated[
     list[int] | None,
