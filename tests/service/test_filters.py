@@ -11,7 +11,12 @@ import grpc
 import pytest
 import pytest_asyncio
 from outbox.v1 import email_job_pb2, sender_pb2
-from outbox.v1.batch_service_pb2 import CancelBatchRequest, ListBatchesRequest
+from outbox.v1.batch_pb2 import Recipient
+from outbox.v1.batch_service_pb2 import (
+    CancelBatchRequest,
+    ListBatchesRequest,
+    SendTestEmailRequest,
+)
 from outbox.v1.email_job_pb2 import EmailJob, EmailJobState
 from outbox.v1.email_job_service_pb2 import ListEmailJobsRequest
 from outbox.v1.sender_service_pb2 import ListSendersRequest, PauseSenderRequest
@@ -24,7 +29,7 @@ from outbox_server.shared.auth.keys import ApiKeyKind, make_key
 from outbox_server.shared.auth.store import insert_key
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 
 SENT = email_job_pb2.EMAIL_JOB_STATE_SENT
 FAILED = email_job_pb2.EMAIL_JOB_STATE_FAILED
@@ -127,6 +132,9 @@ FILTERS: dict[str, Callable[[EmailJob], bool]] = {
     "create_time < 2026-01-01T00:00:00Z": lambda _: False,
     "create_time < 2026-01-01T00:00:00Z OR state = SENT": lambda job: job.state == SENT,
     "schedule_time < 2026-01-01T00:00:00Z": lambda _: False,
+    "test = true": lambda job: job.test,
+    "test != True AND NOT state = SENT": lambda job: not job.test and job.state != SENT,
+    "test = TRUE OR row_number = 2": lambda job: job.test or job.row_number == 2,
 }
 
 
@@ -142,9 +150,14 @@ async def test_a_filter_lists_what_it_means_in_both_orders(
         await schedule(scheduler, others, 5)
     cancelled = await schedule(scheduler, anns, 10)
     await scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=cancelled))
+    await scheduler.batches.SendTestEmail(
+        SendTestEmailRequest(options=options_for(anns), recipient=Recipient(email="me@b.org"))
+    )
+    listing = ListBatchesRequest(user_id="ann", filter="test = true")
+    assert [one.test for one in (await scheduler.batches.ListBatches(listing)).batches] == [True]
     engine = create_engine(scheduler.settings)
     every = await listed(scheduler, user_id="ann")
-    assert len(every) == 36
+    assert len(every) == 37
     if small_budget:
         monkeypatch.setattr(walking, "ROWS_READ", 3)
         monkeypatch.setattr(walking, "_BATCHES_SEEN", 2)

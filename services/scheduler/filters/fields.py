@@ -30,6 +30,7 @@ class FieldKind(Enum):
     """The kind of a field's values, in the words of an error message."""
 
     STATE = "a state"
+    FLAG = "true or false"
     ID = "an id"
     ADDRESS = "an e-mail address"
     TEXT = "a text"
@@ -140,6 +141,8 @@ def _value(comparison: Comparison, field: FilterField) -> Value:
     match field.kind:
         case FieldKind.STATE:
             found = _state(text, at, field.states or {})
+        case FieldKind.FLAG:
+            found = _flag(text, at)
         case FieldKind.ID:
             found = int(text) if _ID.fullmatch(text) and int(text) <= _LARGEST_ID else None
         case FieldKind.ADDRESS:
@@ -167,6 +170,14 @@ def _state(text: str, at: int, states: Mapping[str, int]) -> int:
         known = ", ".join(name for name in states if "_STATE_" not in name)
         raise wrong_filter(at, f"{shown(text)} is not one of {known}")
     return state
+
+
+def _flag(text: str, at: int) -> bool:
+    # As AIP-160 and JSON write them, and in any case.
+    flag = {"true": True, "false": False}.get(text.lower())
+    if flag is None:
+        raise wrong_filter(at, f"{shown(text)} is neither true nor false")
+    return flag
 
 
 def _time(text: str, at: int) -> datetime:

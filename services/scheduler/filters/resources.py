@@ -32,6 +32,7 @@ _NUMBER: Final = FilterField(FieldKind.NUMBER)
 _TEXT: Final = FilterField(FieldKind.TEXT)
 _ADDRESS: Final = FilterField(FieldKind.ADDRESS)
 _LABELS: Final = FilterField(FieldKind.LABELS)
+_FLAG: Final = FilterField(FieldKind.FLAG)
 
 JOB_FIELDS: Final[Mapping[str, FilterField]] = {
     "state": _states(JobState, "EMAIL_JOB_STATE_"),
@@ -46,6 +47,7 @@ JOB_FIELDS: Final[Mapping[str, FilterField]] = {
     "send_time": _TIME,
     "attempt_count": _NUMBER,
     "row_number": _NUMBER,
+    "test": _FLAG,
 }
 BATCH_FIELDS: Final[Mapping[str, FilterField]] = {
     "state": _states(ShownBatchState, "BATCH_STATE_"),
@@ -57,6 +59,7 @@ BATCH_FIELDS: Final[Mapping[str, FilterField]] = {
     "schedule_time": _TIME,
     "accepted_count": _NUMBER,
     "rejected_count": _NUMBER,
+    "test": _FLAG,
 }
 SENDER_FIELDS: Final[Mapping[str, FilterField]] = {
     "state": _states(SenderState, "SENDER_STATE_"),

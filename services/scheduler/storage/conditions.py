@@ -123,21 +123,9 @@ def _recipient(test: FieldTest) -> ColumnElement[bool]:
     return found if equal else not_(found)
 
 
-def _created_at() -> Any:
+def _of_batch(wanted: Any) -> Any:
     return (
-        select(Batch.created_at)
-        .where(Batch.id == EmailJob.batch_id)
-        .correlate(EmailJob)
-        .scalar_subquery()
-    )
-
-
-def _batch_labels() -> Any:
-    return (
-        select(Batch.labels)
-        .where(Batch.id == EmailJob.batch_id)
-        .correlate(EmailJob)
-        .scalar_subquery()
+        select(wanted).where(Batch.id == EmailJob.batch_id).correlate(EmailJob).scalar_subquery()
     )
 
 
@@ -158,7 +146,7 @@ def _send_time(test: FieldTest) -> ColumnElement[bool]:
     return or_(~sent, compared) if test.operator == "!=" else and_(sent, compared)
 
 
-_BATCH_LABELS: Final = _batch_labels()
+_BATCH_LABELS: Final = _of_batch(Batch.labels)
 # The conditions of a job, on EmailJob.
 JOB_LEAVES: Final[Mapping[str, Leaf]] = {
     "state": _job_state,
@@ -167,22 +155,24 @@ JOB_LEAVES: Final[Mapping[str, Leaf]] = {
     "recipient": _recipient,
     "external_id": column(EmailJob.external_id, nullable=True),
     "labels": labels_of(EmailJob.labels, _BATCH_LABELS),
-    "create_time": column(_created_at),
+    "create_time": column(_of_batch(Batch.created_at)),
     "schedule_time": column(EmailJob.scheduled_at),
     "finish_time": column(finished_now, nullable=True),
     "send_time": _send_time,
     # As the largest type, which any number of a filter has.
     "attempt_count": column(cast(EmailJob.attempt, BigInteger)),
     "row_number": column(cast(EmailJob.row_number, BigInteger)),
+    "test": column(_of_batch(Batch.test)),
 }
 
 
-def job_leaves(created_at: Any, labels: Any) -> Mapping[str, Leaf]:
+def job_leaves(created_at: Any, labels: Any, test: Any) -> Mapping[str, Leaf]:
     """Return JOB_LEAVES with columns of a joined batch, in place of a subquery in each term."""
     return {
         **JOB_LEAVES,
         "create_time": column(created_at),
         "labels": labels_of(EmailJob.labels, labels),
+        "test": column(test),
     }
 
 
@@ -191,4 +181,5 @@ BATCH_OF_JOB_LEAVES: Final[Mapping[str, Leaf]] = {
     "batch_id": column(Batch.id),
     "sender_id": column(Batch.sender_id),
     "create_time": column(Batch.created_at),
+    "test": column(Batch.test),
 }

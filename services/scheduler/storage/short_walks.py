@@ -148,15 +148,16 @@ def _matching(jobs: Any, which: JobFilter) -> Any:
     """Return the jobs that match the filter. The batch is read once for each, if it is needed."""
     if which.tree is None or not any(_is_of_batch(test) for test in leaves(which.tree)):
         return jobs.where(condition(which.tree, JOB_LEAVES))
-    of_job = select(Batch.created_at, Batch.labels).where(Batch.id == EmailJob.batch_id)
+    of_job = select(Batch.created_at, Batch.labels, Batch.test)
+    of_job = of_job.where(Batch.id == EmailJob.batch_id)
     # LIMIT keeps the planner from beginning with the batches.
     batch = lateral(of_job.correlate(EmailJob).limit(1), "of_job")
-    matches = condition(which.tree, job_leaves(batch.c.created_at, batch.c.labels))
+    matches = condition(which.tree, job_leaves(batch.c.created_at, batch.c.labels, batch.c.test))
     return jobs.join(batch, true()).where(matches)
 
 
 def _is_of_batch(test: FieldTest) -> bool:
-    return bool(test.key) or test.field == "create_time"
+    return bool(test.key) or test.field in ("create_time", "test")
 
 
 def _up_to(which: JobFilter, columns: Any, position: Any) -> ColumnElement[bool]:

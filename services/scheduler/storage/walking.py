@@ -309,9 +309,10 @@ class _JobWalk:
         """Return the matching jobs of some batches after the position, up to the limit."""
         which = self._which
         given = literal(list(batch_ids), ARRAY(BigInteger))
-        listed = select(Batch.id, Batch.created_at, Batch.labels).where(Batch.id == any_(given))
+        listed = select(Batch.id, Batch.created_at, Batch.labels, Batch.test)
+        listed = listed.where(Batch.id == any_(given))
         batches = listed.subquery("batch")
-        leaves = job_leaves(batches.c.created_at, batches.c.labels)
+        leaves = job_leaves(batches.c.created_at, batches.c.labels, batches.c.test)
         terms = [condition(term, leaves) for term in self._of_jobs]
         here, start = batches.c.id == position[0], literal(which.start[1], BigInteger)
         after = case((here, literal(position[1], BigInteger)), else_=start)
