@@ -13,7 +13,7 @@ from outbox.v1.batch_pb2 import Batch
 from outbox_server.cli.change_options import GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.follow import follow_to_end
-from outbox_server.cli.mail_options import TemplateOptions
+from outbox_server.cli.mail_options import TemplateOptions, read_headers
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     Filtering,
@@ -169,6 +169,14 @@ def update(
     *,
     user: User = "",
     content: TemplateOptions,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--header",
+            metavar="'NAME: VALUE'",
+            help="Headers that replace all of the batch. Repeatable.",
+        ),
+    ] = None,
     schedule_time: Annotated[
         datetime | None,
         typer.Option(
@@ -197,7 +205,7 @@ def update(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Change the templates or the times of the mail of a batch that is unsent.
+    """Change the templates, the headers or the times of the mail of a batch that is unsent.
 
     $ outbox batches update $BATCH --subject 'Hello {{ first_name }}'
 
@@ -205,6 +213,7 @@ def update(
     """
     given: dict[str, Any] = {
         **content.templates(),
+        "headers": read_headers(header) if header else None,
         "schedule_time": to_timestamp(schedule_time),
         "spacing": to_duration(spacing),
     }

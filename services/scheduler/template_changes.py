@@ -1,4 +1,4 @@
-"""Checks that new templates of a batch fit all of its rows that may still be sent, as intake does.
+"""Checks that new templates and headers of a batch fit all of its rows that may still be sent, as intake does.
 
 Most templates only insert columns that each row has: then the size of the longest row decides.
 Otherwise the rows are read in parts, and those for which nothing proves that they can be rendered
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -17,10 +17,14 @@ from outbox_server.services.scheduler.storage import unsent_rows as storage
 from outbox_server.services.scheduler.storage.unsent_rows import StoredTemplates, UnsentRow
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput
-from outbox_server.shared.intake.batch_options import under_options
+from outbox_server.shared.intake.batch_options import check_header_names, under_options
 from outbox_server.shared.templates.batch import RenderError, decode_variables, missing_column
 from outbox_server.shared.templates.checking import RowFailure, is_proven
+from outbox_server.shared.templates.head import NO_HEAD, HeadTexts
 from outbox_server.shared.templates.remote import RemoteTemplate, TemplateParser
+
+# Names and templates.
+Headers: TypeAlias = tuple[tuple[str, str], ...]
 
 _AT_ONCE: Final = 2_500
 # The most bytes that one byte of a row becomes in a mail, by escaping and encoding.
@@ -39,21 +43,29 @@ class TemplateChanges:
         self._max_bytes = max_message_bytes
 
     async def check(
-        self, batch_id: int, stored: StoredTemplates, new: Mapping[str, str | None]
+        self,
+        batch_id: int,
+        stored: StoredTemplates,
+        new: Mapping[str, str | None],
+        headers: Headers | None,
     ) -> None:
         """Check the new texts of `subject`, `body` and `html`; those not in `new` stay.
 
+        None for `headers` means that they stay, too.
+
         Raises:
-            InvalidInput: a template is wrong, or needs a column that the rows do not have
+            InvalidInput: a template or a header is wrong, or one needs a column that the rows do not have
                 (COLUMN_MISSING).
             FailedPrecondition: ROWS_NOT_RENDERABLE, BATCH_TOO_LARGE_TO_CHECK.
             ResourceExhausted, Unavailable: see `TemplateParser.parse`.
         """
         texts = {"subject": stored.subject, "body": stored.body, "html": stored.html}
         _check_nul(new)
+        # Headers that stay fit all rows, and need not be tried again.
+        head = NO_HEAD if headers is None else stored.head._replace(headers=_checked(headers))
         try:
-            template = await self._parse(stored.user_id, {**texts, **new})
-            before = await self._parse(stored.user_id, texts)
+            template = await self._parse(stored.user_id, {**texts, **new}, head)
+            before = await self._parse(stored.user_id, texts, NO_HEAD)
         except InvalidInput as error:
             raise under_options(error, "batch") from None
         _check_columns(template, stored.variable_names)
@@ -65,8 +77,12 @@ class TemplateChanges:
                 return
         await self._check_rows(batch_id, template, stored.variable_names)
 
-    async def _parse(self, user: str, texts: Mapping[str, str | None]) -> RemoteTemplate:
-        return await self._templates.parse(user, texts["subject"], texts["body"], texts["html"])
+    async def _parse(
+        self, user: str, texts: Mapping[str, str | None], head: HeadTexts
+    ) -> RemoteTemplate:
+        return await self._templates.parse(
+            user, texts["subject"], texts["body"], texts["html"], head
+        )
 
     async def _check_rows(
         self, batch_id: int, template: RemoteTemplate, names: Sequence[str]
@@ -115,6 +131,17 @@ def _check_nul(new: Mapping[str, str | None]) -> None:
             )
 
 
+def _checked(headers: Headers) -> Headers:
+    check_header_names(headers, "batch")
+    for place, (_, text) in enumerate(headers):
+        # PostgreSQL cannot store it. Any other control character is found in the rendered value.
+        if "\0" in text:
+            raise InvalidInput.field(
+                f"batch.headers[{place}].value", "must not contain a NUL", reason="HEADER_INVALID"
+            )
+    return headers
+
+
 def _check_columns(template: RemoteTemplate, names: Sequence[str]) -> None:
     """Check that the rows have the columns that the template needs.
 
@@ -141,6 +168,7 @@ def _is_uniform(template: RemoteTemplate, before: RemoteTemplate, *, same_subjec
     """Return whether the template fits every row that the one before fits, but for the size."""
     return (
         not template.may_fail
+        and not template.checks_head
         and not template.content_from_row
         and template.required <= before.required
         and (same_subject or not template.subject_names)
@@ -181,6 +209,11 @@ def _plain_failure(
             template.render_subject(values)
         except RenderError as error:
             return RowFailure("subject", error.reason, error.message)
+    if template.checks_head:
+        try:
+            template.render_head(values)
+        except RenderError as error:
+            return RowFailure(error.column, error.reason, error.message)
     if template.content_from_row and not (values.get("body") or values.get("html")):
         return RowFailure("", "NO_CONTENT", "the row has neither `body` nor `html`")
     if template.least_size(values) > most:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
@@ -152,7 +152,7 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
         )
     check_spread(options, options.schedule_time, field)
     check_csv_options(options.email_column, options.skip_lines, f"{field}.")
-    _check_headers(options, field)
+    check_header_names(options.headers, field)
     _check_tags(options, field)
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:
@@ -177,20 +177,20 @@ def check_csv_options(email_column: str, skip_lines: int, prefix: str = "") -> N
         )
 
 
-def _check_headers(options: BatchOptions, field: str) -> None:
-    """Check the names of headers. Their values are checked with their templates.
+def check_header_names(headers: Sequence[tuple[str, str]], field: str) -> None:
+    """Check the names of headers. `field` is the path of what has them. Their values are checked with their templates.
 
     Raises:
         InvalidInput: TOO_MANY_HEADERS, HEADER_INVALID.
     """
-    if len(options.headers) > bounds.MAX_HEADERS:
+    if len(headers) > bounds.MAX_HEADERS:
         raise InvalidInput.field(
             f"{field}.headers",
-            f"must have at most {bounds.MAX_HEADERS} entries (got {len(options.headers):,})",
+            f"must have at most {bounds.MAX_HEADERS} entries (got {len(headers):,})",
             reason="TOO_MANY_HEADERS",
         )
     seen: set[str] = set()
-    for place, (name, _) in enumerate(options.headers):
+    for place, (name, _) in enumerate(headers):
         path = f"{field}.headers[{place}].name"
         bounds.HEADER_NAME.check(path, name)
         try:
@@ -202,7 +202,7 @@ def _check_headers(options: BatchOptions, field: str) -> None:
                 path, f"a mail can have only one {name}", reason="HEADER_INVALID"
             )
         seen.add(name.lower())
-    if needs_unsubscribe([name for name, _ in options.headers]):
+    if needs_unsubscribe([name for name, _ in headers]):
         raise InvalidInput.field(
             f"{field}.headers",
             "List-Unsubscribe-Post needs a List-Unsubscribe with an https URI (RFC 8058)",

@@ -47,7 +47,7 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             skip_lines=options.skip_lines,
             # An empty one means none, as in JSON.
             reply_to=options.reply_to or None,
-            headers=tuple((_spelled(each.name), each.value) for each in options.headers),
+            headers=from_headers(options.headers),
             name_column=options.name_column,
             external_id=options.external_id,
             labels=dict(options.labels),
@@ -55,6 +55,11 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             label_columns=tuple(options.label_columns),
         )
     )
+
+
+def from_headers(headers: Iterable[batch_pb2.MailHeader]) -> tuple[tuple[str, str], ...]:
+    """Return the names, in their usual spelling, and the templates of headers, not checked yet."""
+    return tuple((_spelled(each.name), each.value) for each in headers)
 
 
 def _spelled(name: str) -> str:

@@ -89,10 +89,10 @@ def due_times(scheduler: Scheduler, batch: batch_pb2.Batch) -> list[datetime]:
     return [due for (due,) in rows]
 
 
-def subjects(inbox: Inbox) -> set[str]:
+def subjects(inbox: Inbox, header: str = "Subject") -> set[str]:
     files = [inbox.maildir / "new" / mail.file for mail in inbox.mails]
     return {
-        email.message_from_bytes(file.read_bytes(), policy=policy.default)["Subject"]
+        email.message_from_bytes(file.read_bytes(), policy=policy.default)[header]
         for file in files
     }
 
@@ -126,17 +126,25 @@ async def test_mail_is_sent_with_the_new_templates_and_times(
 ) -> None:
     batch = await scheduled(scheduler)
     new = "New {{ points }}"
-    answer = await update(scheduler, batch, "schedule_time", subject=new)
+    headers = [
+        batch_pb2.MailHeader(name="list-unsubscribe", value="<https://b.org/u?id={{ points }}>"),
+        batch_pb2.MailHeader(name="X-Kind", value="news"),
+    ]
+    answer = await update(scheduler, batch, "schedule_time", subject=new, headers=headers)
     assert answer.etag != batch.etag
     assert not answer.rescheduling
     assert not answer.HasField("subject")
-    assert (await get(scheduler, batch)).subject == new
+    found = await get(scheduler, batch)
+    assert (found.subject, found.headers[0].name) == (new, "List-Unsubscribe")
     async with running(settings_of(values)):
         await eventually(lambda: len(inbox.mails) == 5)
     assert subjects(inbox) == {f"New {n}" for n in range(1, 6)}
+    assert subjects(inbox, "List-Unsubscribe") == {f"<https://b.org/u?id={n}>" for n in range(1, 6)}
+    assert subjects(inbox, "X-Kind") == {"news"}
     events = await scheduler.audit.ListAuditEvents(ListAuditEventsRequest(user_id="ann"))
     [event] = [one for one in events.audit_events if one.action == "UpdateBatch"]
     assert (event.before["subject"], event.after["subject"]) == (TEXTS["subject"], new)
+    assert list(event.after["headers"])[1] == "X-Kind: news"
 
 
 async def test_no_mail_is_marked_with_the_old_template_after_the_call(
@@ -230,7 +238,12 @@ async def test_templates_that_do_not_fit_every_unsent_row_change_nothing(
     scheduler: Scheduler,
 ) -> None:
     csv = CSV + "odd@b.org,Odd,none\n"
-    batch = await scheduled(scheduler, csv)
+    kept = batch_pb2.MailHeader(name="X-Kept", value="{{ name }}")
+    batch = await scheduled(scheduler, csv, headers=[kept])
+
+    def header(name: str, value: str, count: int = 1) -> dict[str, Any]:
+        return {"headers": [batch_pb2.MailHeader(name=name, value=value)] * count}
+
     cases: list[tuple[dict[str, Any], str, str]] = [
         ({"body": "{{ points | divided_by: 0 }}"}, "FAILED_PRECONDITION", "ROWS_NOT_RENDERABLE"),
         ({"body": "{{ city }}"}, "INVALID_ARGUMENT", "COLUMN_MISSING"),
@@ -244,6 +257,19 @@ async def test_templates_that_do_not_fit_every_unsent_row_change_nothing(
             "SPACING_INVALID",
         ),
         ({"batch_id": batch.batch_id}, "INVALID_ARGUMENT", "UPDATE_MASK_INVALID"),
+        (header("Subject", "x"), "INVALID_ARGUMENT", "HEADER_INVALID"),
+        (header("X-Two", "x", 2), "INVALID_ARGUMENT", "HEADER_INVALID"),
+        (header("X-Many", "x", 21), "INVALID_ARGUMENT", "TOO_MANY_HEADERS"),
+        (header("X-Line", "a\nb"), "INVALID_ARGUMENT", "HEADER_INVALID"),
+        (header("X-Nul", "{{ name }}\0"), "INVALID_ARGUMENT", "HEADER_INVALID"),
+        (header("X-City", "{{ city }}"), "INVALID_ARGUMENT", "COLUMN_MISSING"),
+        (header("X-Wrong", "{{ name"), "INVALID_ARGUMENT", "TEMPLATE_INVALID"),
+        (header("References", "{{ name }}"), "FAILED_PRECONDITION", "ROWS_NOT_RENDERABLE"),
+        (
+            header("X-Half", "{{ points | divided_by: 0 }}"),
+            "FAILED_PRECONDITION",
+            "ROWS_NOT_RENDERABLE",
+        ),
     ]
     for fields, code, reason in cases:
         fields.pop("batch_id", None)
@@ -257,6 +283,10 @@ async def test_templates_that_do_not_fit_every_unsent_row_change_nothing(
     assert refused.reason == "COLUMN_MISSING"
     found = await get(scheduler, batch)
     assert (found.subject, found.body, found.etag) == (*TEXTS.values(), batch.etag)
+    assert list(found.headers) == [kept]
+    # Without any, they are removed.
+    await update(scheduler, batch, "headers")
+    assert not (await get(scheduler, batch)).headers
 
 
 async def test_a_change_names_the_batch_it_is_meant_for(scheduler: Scheduler) -> None:

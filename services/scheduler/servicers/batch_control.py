@@ -24,6 +24,7 @@ from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import Aborted, FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.option_mapping import from_headers
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, whole_ms
 from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchState
@@ -35,7 +36,8 @@ _RESPREAD_IN_CALL: Final = 5_000
 # How often templates are checked again because another call has changed them meanwhile.
 _TRIES: Final = 3
 _TIMES: Final = ("schedule_time", "spacing")
-_CHANGEABLE: Final = (*TEXTS, *_TIMES)
+_CONTENT: Final = (*TEXTS, "headers")
+_CHANGEABLE: Final = (*_CONTENT, *_TIMES)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
 _Step = Callable[[AsyncConnection, LockedBatch], Awaitable[bool]]
@@ -77,7 +79,7 @@ class BatchControl:
         return await self._change(request, storage.resume_batch)
 
     async def update(self, request: batch_service_pb2.UpdateBatchRequest) -> batch_pb2.Batch:
-        """Change templates, start time and spacing of the unsent mail of a batch."""
+        """Change templates, headers, start time and spacing of the unsent mail of a batch."""
         user_id = acting_user(request.user_id)
         batch_id = parse_id(request.batch.batch_id, "batch.batch_id")
         values = _values(request.batch, _masked(request))
@@ -87,9 +89,10 @@ class BatchControl:
                 stored = await read_templates(connection, batch_id, user_id)
             if stored is None:
                 raise not_found("batch_id", request.batch.batch_id)
-            if new:
-                await self._templates.check(batch_id, stored, new)
-            checked = {"subject": stored.subject, "body": stored.body, "html": stored.html}
+            if any(name in values for name in _CONTENT):
+                await self._templates.check(batch_id, stored, new, values.get("headers"))
+            checked = {name: getattr(stored, name) for name in TEXTS}
+            checked["headers"] = stored.head.headers
             try:
                 return await self._make_update(request, batch_id, user_id, values, checked)
             except _TemplatesChangedError:
@@ -105,7 +108,7 @@ class BatchControl:
         batch_id: int,
         user_id: str | None,
         values: Mapping[str, Any],
-        checked: Mapping[str, str | None],
+        checked: Mapping[str, Any],
     ) -> batch_pb2.Batch:
         async def update(connection: AsyncConnection) -> Made[batch_pb2.Batch]:
             batch = await self._lock(connection, request.batch.batch_id, user_id)
@@ -116,9 +119,11 @@ class BatchControl:
                 return await self._made(
                     connection, batch, found, _nothing, user_id=user_id, changed=False
                 )
-            if any(name in values for name in TEXTS) and batch.texts != checked:
+            if any(name in values for name in _CONTENT) and batch.templates != checked:
                 raise _TemplatesChangedError
             changed = {name: values[name] for name in TEXTS if name in values}
+            if "headers" in values:
+                changed["headers"] = [list(header) for header in values["headers"]] or None
             respread = any(name in values for name in _TIMES)
             if respread:
                 start = values.get("schedule_time", batch.start_at) or batch.now
@@ -220,6 +225,7 @@ def _audited(record: BatchRecord) -> dict[str, Any]:
         "schedule_time": record.start_at.isoformat(),
         "spacing": format_duration(record.spacing_ms * _MILLISECOND),
         **{name: _shortened(getattr(record, name)) for name in TEXTS},
+        "headers": [f"{name}: {_shortened(text)}" for name, text in record.headers],
     }
 
 
@@ -238,7 +244,8 @@ def _masked(request: batch_service_pb2.UpdateBatchRequest) -> Sequence[str]:
     """Return the fields to change: those of the mask or, without a mask, those that are set."""
     paths = list(dict.fromkeys(request.update_mask.paths))
     if not paths:
-        return [name for name in _CHANGEABLE if request.batch.HasField(name)]
+        given = [name for name in (*TEXTS, *_TIMES) if request.batch.HasField(name)]
+        return [*given, "headers"] if request.batch.headers else given
     for path in paths:
         if path not in _CHANGEABLE:
             raise InvalidInput.field(
@@ -253,6 +260,9 @@ def _values(batch: batch_pb2.Batch, names: Sequence[str]) -> dict[str, Any]:
     """Return the new values. None: a text that the rows have themselves, or the present time."""
     values: dict[str, Any] = {}
     for name in names:
+        if name == "headers":
+            values[name] = from_headers(batch.headers)
+            continue
         given = batch.HasField(name)  # type: ignore[arg-type]  # name is a field
         if name == "schedule_time":
             values[name] = (

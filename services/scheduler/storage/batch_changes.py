@@ -10,6 +10,7 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, ColumnElement, cast, extract, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.storage.batches import stored_headers
 from outbox_server.shared.database.models import Batch
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.pauses import (
@@ -42,7 +43,8 @@ class LockedBatch:
     revision: int
     start_at: datetime
     spacing_ms: int
-    texts: Mapping[str, str | None]
+    # The templates by field, those of the headers included.
+    templates: Mapping[str, Any]
     # PostgreSQL's time.
     now: datetime
 
@@ -58,7 +60,7 @@ async def lock_batch(
     columns = (
         *(Batch.id, Batch.user_id, Batch.sender_id, Batch.state, Batch.paused_at),
         *(Batch.paused_until, Batch.respreading, Batch.revision, Batch.start_at),
-        *(Batch.spacing_ms, Batch.subject, Batch.body, Batch.html),
+        *(Batch.spacing_ms, Batch.subject, Batch.body, Batch.html, Batch.headers),
     )
     statement = owned_by(
         select(*columns, pause_lasts().label("paused"), func.clock_timestamp().label("now"))
@@ -82,7 +84,8 @@ async def lock_batch(
         revision=row.revision,
         start_at=row.start_at,
         spacing_ms=row.spacing_ms,
-        texts={name: getattr(row, name) for name in TEXTS},
+        templates={name: getattr(row, name) for name in TEXTS}
+        | {"headers": stored_headers(row.headers)},
         now=row.now,
     )
 

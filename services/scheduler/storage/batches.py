@@ -140,15 +140,19 @@ def _record(row: Any, counts: JobCounts) -> BatchRecord:
     )
 
 
+def stored_headers(stored: Any) -> tuple[tuple[str, str], ...]:
+    """Return the headers of a batch, from the column `headers`."""
+    return tuple((name, text) for name, text in stored or ())
+
+
 def _whole(row: Any, counts: JobCounts) -> BatchRecord:
     """Return a batch with what lists leave out."""
-    headers = tuple((name, text) for name, text in row.headers or ())
     return replace(
         _record(row, counts),
         body=row.body,
         html=row.html,
         reply_to=row.reply_to,
-        headers=headers,
+        headers=stored_headers(row.headers),
     )
 
 
@@ -201,6 +205,7 @@ _BATCH_LEAVES: Final[Mapping[str, Leaf]] = {
     "schedule_time": column(Batch.start_at),
     "accepted_count": column(sql_cast(Batch.accepted_count, BigInteger)),
     "rejected_count": column(sql_cast(Batch.rejected_count, BigInteger)),
+    "test": column(Batch.test),
 }
 
 

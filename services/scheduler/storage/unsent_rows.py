@@ -9,10 +9,12 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.storage.batches import stored_headers
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Batch, EmailJob
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.states import JobState
+from outbox_server.shared.templates.head import HeadTexts
 
 # Jobs that failed may be retried.
 _UNSENT: Final = (
@@ -41,6 +43,7 @@ class StoredTemplates:
     body: str | None
     html: str | None
     variable_names: tuple[str, ...]
+    head: HeadTexts
 
 
 async def read_templates(
@@ -48,16 +51,19 @@ async def read_templates(
 ) -> StoredTemplates | None:
     """Return the templates of a batch; None if it is missing or belongs to another user."""
     statement = owned_by(
-        select(Batch.user_id, Batch.subject, Batch.body, Batch.html, Batch.variable_names).where(
-            Batch.id == batch_id
-        ),
+        select(
+            *(Batch.user_id, Batch.subject, Batch.body, Batch.html, Batch.variable_names),
+            *(Batch.reply_to, Batch.name_column, Batch.headers),
+        ).where(Batch.id == batch_id),
         Batch.user_id,
         user_id,
     )
     row = (await connection.execute(statement)).one_or_none()
     if row is None:
         return None
-    return StoredTemplates(row.user_id, row.subject, row.body, row.html, tuple(row.variable_names))
+    head = HeadTexts(row.reply_to, row.name_column or "", stored_headers(row.headers))
+    names = tuple(row.variable_names)
+    return StoredTemplates(row.user_id, row.subject, row.body, row.html, names, head)
 
 
 async def longest_row(connection: AsyncConnection, batch_id: int) -> int:
