@@ -41,10 +41,7 @@ from outbox_server.shared.settings import load_settings
 
 ENDPOINTS: Final = Path(".outbox/endpoints.json")
 _DEFAULT: Final = "the default"
-# For calls that change very many rows. Other calls use the client's default.
-LONG_TIMEOUT_S: Final = 300.0
-# The limits of a call and of an upload without --timeout, as the client has them.
-_TIMEOUT_S: Final = 30.0
+# The limit of an upload without --timeout, as the client has it.
 _UPLOAD_TIMEOUT_S: Final = 3600.0
 _LARGEST_PAGE: Final = 1000
 # A user waits at the terminal: 4 tries within 0.7 s, unless the server asks for longer waits.
@@ -189,7 +186,7 @@ def connection_to(address: Address) -> Iterator[Client]:
         **addresses,
         api_key=credentials.api_key or None,
         tls=credentials.tls,
-        timeout=_timeout(_TIMEOUT_S),
+        timeout=_given_timeout(),
         upload_timeout=upload_timeout(),
         retry=_RETRY,
     ) as client:
@@ -199,19 +196,15 @@ def connection_to(address: Address) -> Iterator[Client]:
             raise failure_of(error, address, credentials.tls) from None
 
 
-def long_timeout() -> float:
-    """Return the limit, in seconds, of a call that changes very many rows."""
-    return _timeout(LONG_TIMEOUT_S)
-
-
 def upload_timeout() -> float:
     """Return the limit, in seconds, of a call that sends a file."""
-    return _timeout(_UPLOAD_TIMEOUT_S)
+    given = _given_timeout()
+    return _UPLOAD_TIMEOUT_S if given is None else given
 
 
-def _timeout(default: float) -> float:
+def _given_timeout() -> float | None:
     given = connection_options.get().timeout
-    return default if given is None else given.total_seconds()
+    return None if given is None else given.total_seconds()
 
 
 def pages(

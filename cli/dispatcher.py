@@ -19,8 +19,6 @@ from outbox_server.cli.output import (
 from outbox_server.cli.service import run
 from outbox_server.cli.terminal import note
 
-# A drain waits for the sends in flight, which may take as long as the SMTP time-outs.
-_DRAIN_TIMEOUT_S = 300.0
 _DISPATCHER_COLUMNS = (
     "dispatcher_id",
     "state",
@@ -111,5 +109,5 @@ def drain(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     """Let a dispatcher finish its sends in flight and take no more jobs until it is restarted."""
     with connection("dispatcher", server) as client:
         request = pb.DrainDispatcherRequest()
-        answer = client.dispatcher.DrainDispatcher(request, timeout=_DRAIN_TIMEOUT_S)
+        answer = client.dispatcher.DrainDispatcher(request)
     show(answer, output)

@@ -14,7 +14,7 @@ from outbox.v1.hold_pb2 import HeldFilter, HeldState, Hold
 from outbox_client import Client
 
 from outbox_server.cli.change_options import ChangeOptions
-from outbox_server.cli.client import Server, connection, long_timeout
+from outbox_server.cli.client import Server, connection
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import OfBatch, OfSender, enum_reader, time_option, to_timestamp
 from outbox_server.cli.output import Output, OutputFormat, print_rows, show, value_at
@@ -108,9 +108,7 @@ def held(
             raise typer.BadParameter(f"write the options after `{ctx.invoked_subcommand}`")
         return
     with connection("scheduler", server) as client:
-        found = client.holds.GetHold(
-            pb.GetHoldRequest(filter=_filter(options)), timeout=long_timeout()
-        )
+        found = client.holds.GetHold(pb.GetHoldRequest(filter=_filter(options)))
     _show(found, output)
 
 
@@ -151,7 +149,7 @@ def release(
     """
     request = pb.ReleaseHeldJobsRequest(filter=_filter(options), all=everything)
     with connection("scheduler", server) as client:
-        answer = client.holds.ReleaseHeldJobs(change.of(request), timeout=long_timeout())
+        answer = client.holds.ReleaseHeldJobs(change.of(request))
     show(answer, output)
 
 
@@ -191,7 +189,7 @@ def _until_done(
     client: Client, request: pb.CancelHeldJobsRequest, change: ChangeOptions
 ) -> Iterator[pb.CancelHeldJobsResponse]:
     for part in count():
-        answer = client.holds.CancelHeldJobs(change.of(request, part), timeout=long_timeout())
+        answer = client.holds.CancelHeldJobs(change.of(request, part))
         yield answer
         if not answer.more:
             return
@@ -204,5 +202,5 @@ def begin(
 ) -> None:
     """Hold the installation: from now on, only what is released is sent."""
     with connection("scheduler", server) as client:
-        found = client.holds.BeginHold(change.of(pb.BeginHoldRequest()), timeout=long_timeout())
+        found = client.holds.BeginHold(change.of(pb.BeginHoldRequest()))
     _show(found, output)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from enum import StrEnum
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1.email_job_pb2 import EmailJobState
 
 from outbox_server.cli.change_options import ChangeOptions
-from outbox_server.cli.client import Server, connection, long_timeout, pages
+from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.mails import show_mail
 from outbox_server.cli.option_groups import with_option_groups
@@ -329,8 +328,7 @@ def retry(
         validate_only=dry_run,
     )
     with connection("scheduler", server) as client:
-        retry_jobs = partial(client.email_jobs.RetryEmailJobs, timeout=long_timeout())
-        answer = _in_parts(retry_jobs, request, "retried_count", change)
+        answer = _in_parts(client.email_jobs.RetryEmailJobs, request, "retried_count", change)
     show(answer, output)
 
 

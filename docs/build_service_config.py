@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,18 +20,34 @@ SOURCE: Final = ROOT / "client" / "src" / "outbox" / "v1" / "outbox.binpb"
 TARGET: Final = ROOT / "protos" / "outbox" / "v1" / "service_config.json"
 PACKAGE: Final = "outbox.v1"
 
-_TIMEOUT: Final = "30s"
-_UPLOAD_TIMEOUT: Final = "3600s"
-# Calls that wait for sends in flight, or change very many rows.
-_LONG_TIMEOUT: Final = "300s"
-_LONG: Final = frozenset(
+
+class Kind(Enum):
+    """What a method does, as far as its deadline is concerned."""
+
+    READ = "reads a page, or what the caller names"
+    CHANGE = "changes one thing"
+    BULK = "changes or counts any number of rows, or waits for sends in flight"
+    UPLOAD = "takes a stream of the caller"
+    STREAM = "streams to the caller, for any time"
+
+
+TIMEOUTS: Final = {Kind.READ: "30s", Kind.CHANGE: "30s", Kind.BULK: "300s", Kind.UPLOAD: "3600s"}
+BULK: Final = frozenset(
     {
         "BeginHold",
+        "CancelBatch",
+        "CancelEmailJobs",
         "CancelHeldJobs",
+        "CreateSuppression",
+        "DeleteSender",
         "DrainDispatcher",
+        "EraseRecipient",
         "GetHold",
+        "RedeliverWebhook",
         "ReleaseHeldJobs",
+        "RescheduleEmailJobs",
         "RetryEmailJobs",
+        "UpdateBatch",
     }
 )
 # gRPC counts at most five attempts. Their pauses cover the restart of a server.
@@ -71,11 +88,23 @@ def _methods(contract: FileDescriptorSet) -> Iterator[tuple[str, MethodDescripto
                     yield f"{PACKAGE}.{service.name}", method
 
 
+def kind_of(method: MethodDescriptorProto) -> Kind:
+    """Return the kind of a method, which decides its deadline."""
+    if method.server_streaming:
+        return Kind.STREAM
+    if method.client_streaming:
+        return Kind.UPLOAD
+    if method.name in BULK:
+        return Kind.BULK
+    reads = method.options.idempotency_level == MethodOptions.NO_SIDE_EFFECTS
+    return Kind.READ if reads else Kind.CHANGE
+
+
 def _policy(method: MethodDescriptorProto) -> dict[str, Any]:
     policy: dict[str, Any] = {}
-    if not method.server_streaming:
-        timeout = _LONG_TIMEOUT if method.name in _LONG else _TIMEOUT
-        policy["timeout"] = _UPLOAD_TIMEOUT if method.client_streaming else timeout
+    timeout = TIMEOUTS.get(kind_of(method))
+    if timeout is not None:
+        policy["timeout"] = timeout
         # Until there is a connection nothing was sent, so every call may wait for one. A watch has
         # no deadline, and would wait for ever.
         policy["waitForReady"] = True

@@ -12,7 +12,7 @@ from google.api.annotations_pb2 import http
 from google.protobuf.descriptor_pb2 import FileDescriptorSet, MethodDescriptorProto, MethodOptions
 from outbox_client import AsyncClient
 
-from docs.build_service_config import SOURCE, TARGET, build
+from docs.build_service_config import BULK, SOURCE, TARGET, TIMEOUTS, Kind, build, kind_of
 
 RELEASED: Final = Path(__file__).parents[2] / ".ci" / "released-contract.binpb"
 READ: Final = MethodOptions.NO_SIDE_EFFECTS
@@ -101,6 +101,31 @@ def test_exactly_the_methods_that_may_be_repeated_are_retried() -> None:
     assert codes == {("UNAVAILABLE",)}
 
 
+# A change of one thing. Whatever else may change many rows is in BULK.
+SMALL_CHANGES: Final = frozenset(
+    {
+        *("CancelEmailJob", "ResolveEmailJob", "ScheduleBatch", "SendTestEmail"),
+        *("CreateApiKey", "CreateSender", "CreateWebhook", "DeleteSuppression", "DeleteWebhook"),
+        *("PauseBatch", "PauseSender", "ResumeBatch", "ResumeSender", "RevokeApiKey"),
+        *("TestWebhook", "UpdateSender", "UpdateUser", "UpdateWebhook", "VerifySender"),
+    }
+)
+
+
+def test_methods_of_one_kind_have_one_deadline() -> None:
+    # A new method that changes something must be named as one kind or the other.
+    published = config()
+    found: dict[Kind, set[str]] = {kind: set() for kind in Kind}
+    for path, method in methods():
+        kind = kind_of(method)
+        found[kind].add(method.name)
+        assert published[path].get("timeout") == TIMEOUTS.get(kind), path
+    assert found[Kind.CHANGE] == SMALL_CHANGES
+    assert found[Kind.BULK] == BULK
+    assert {"GetSender", "ListEmailJobs", "PreviewBatch"} <= found[Kind.READ]
+    assert {"WatchBatch", "ExportEmailJobs"} <= found[Kind.STREAM]
+
+
 def test_all_calls_have_a_deadline_but_streams_of_the_server() -> None:
     published = config()
     for path, method in methods():
@@ -108,5 +133,5 @@ def test_all_calls_have_a_deadline_but_streams_of_the_server() -> None:
     defaults = inspect.signature(AsyncClient).parameters
     create = published["outbox.v1.SenderService/CreateSender"]
     upload = published["outbox.v1.BatchService/UploadBatch"]
-    assert create["timeout"] == f"{defaults['timeout'].default:g}s"
+    assert (create["timeout"], defaults["timeout"].default) == ("30s", None)
     assert upload["timeout"] == f"{defaults['upload_timeout'].default:g}s"

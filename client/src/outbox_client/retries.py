@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
 
 import grpc
 
@@ -29,18 +29,25 @@ _NOTHING_HAPPENED: Final = frozenset(
 _LEAST_S: Final = 0.001
 
 
-def _retried() -> frozenset[str]:
-    """Return the methods that the published service config retries: repeats change nothing more."""
+def _published() -> dict[str, dict[str, Any]]:
+    """Return what the published service config says about each method."""
     text = files("outbox.v1").joinpath("service_config.json").read_text(encoding="utf-8")
-    return frozenset(
-        f"/{name['service']}/{name['method']}"
+    return {
+        f"/{name['service']}/{name['method']}": config
         for config in json.loads(text)["methodConfig"]
-        if "retryPolicy" in config
         for name in config["name"]
-    )
+    }
 
 
-RETRIED: Final = _retried()
+_PUBLISHED: Final = _published()
+# Repeats of these change nothing more.
+RETRIED: Final = frozenset(each for each in _PUBLISHED if "retryPolicy" in _PUBLISHED[each])
+# The deadlines of calls whose caller sets none, in seconds.
+TIMEOUTS: Final = {
+    method: float(config["timeout"].removesuffix("s"))
+    for method, config in _PUBLISHED.items()
+    if "timeout" in config
+}
 # Counts once by its `options.request_id`, which the client fills in. UploadBatch does too, but
 # only AsyncClient.upload knows whether its source can be read again.
 BY_REQUEST_ID: Final = frozenset(

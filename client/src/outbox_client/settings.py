@@ -55,7 +55,8 @@ class Connection:
     api_key: str | None = field(default=None, repr=False)
     credentials: grpc.ChannelCredentials | None = None
     # Limits in seconds of a unary call and of an upload, for all tries together. Streams have none.
-    timeout: float = 30.0
+    # None means that of the method in the published service config.
+    timeout: float | None = None
     upload_timeout: float = 3600.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     options: Sequence[tuple[str, Any]] = ()

@@ -11,7 +11,7 @@ import grpc
 from outbox_client import aio as io
 from outbox_client.blocking import open_channel
 from outbox_client.errors import CallError, error_of
-from outbox_client.retries import BY_REQUEST_ID, RETRIED, Attempts
+from outbox_client.retries import BY_REQUEST_ID, RETRIED, TIMEOUTS, Attempts
 from outbox_client.settings import Connection
 
 
@@ -34,12 +34,13 @@ class Channel:
         call = self._channel.unary_unary(method, *coders, **named)
         by_request_id = method in BY_REQUEST_ID
         safe = method in RETRIED
+        usual = TIMEOUTS.get(method)
 
         async def answer(
             request: Any, timeout: float | None = None, metadata: Any = None, **more: Any
         ) -> Any:
             connection = self._connection
-            limit = connection.timeout if timeout is None else timeout
+            limit = next((each for each in (timeout, connection.timeout) if each is not None), usual)
             # With its caller's `request_id`, a change is made once, however often it is asked for.
             by_caller = bool(getattr(request, "request_id", ""))
             attempts = Attempts(connection.retry, limit, safe=safe or by_caller)

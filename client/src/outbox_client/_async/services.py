@@ -52,7 +52,7 @@ class AsyncServices:
         dispatcher: str | None = None,
         api_key: str | None = None,
         tls: Tls | None = None,
-        timeout: float = 30.0,
+        timeout: float | None = None,
         upload_timeout: float = 3600.0,
         retry: RetryPolicy | None = None,
         options: Sequence[tuple[str, Any]] = (),
@@ -66,7 +66,8 @@ class AsyncServices:
             dispatcher: host:port of a dispatcher.
             api_key: sent with every call; use TLS, unless you trust the network.
             tls: None means no TLS.
-            timeout: limit of a call in seconds, for all its tries together.
+            timeout: limit of a call in seconds, for all its tries together. None means that of its
+                method in the published service config: 30 s, or 300 s if it may change many rows.
             upload_timeout: limit of an upload in seconds.
             retry: None means 7 tries within 6.3 s.
             options: gRPC's channel options, which override those of this client.
