@@ -139,7 +139,9 @@ def pause(
 
     $ outbox batches pause $BATCH --until 'in 2h'
     """
-    request = pb.PauseBatchRequest(batch_id=batch_id, user_id=user, until=to_timestamp(until))
+    request = pb.PauseBatchRequest(
+        batch_id=batch_id, user_id=user, pause_end_time=to_timestamp(until)
+    )
     with connection("scheduler", server) as client:
         paused = client.batches.PauseBatch(change.of(request))
     show(paused, output)

@@ -120,6 +120,7 @@ Until = Annotated[
     datetime | None,
     typer.Option(
         "--until",
+        "--pause-end-time",
         parser=read_time,
         metavar="TIME",
         help="When the pause ends by itself, such as 'in 2h' (default: only resume ends it).",

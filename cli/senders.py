@@ -286,7 +286,7 @@ def pause(
     $ outbox senders pause $SENDER --until 2026-12-01T08:00:00Z
     """
     request = pb.PauseSenderRequest(
-        sender_id=sender_id, user_id=user, until=None if until is None else to_timestamp(until)
+        sender_id=sender_id, user_id=user, pause_end_time=to_timestamp(until)
     )
     with connection("scheduler", server) as client:
         paused = client.senders.PauseSender(change.of(request))

@@ -199,4 +199,4 @@ def endpoints(user: User = "", server: Server = None, output: Output = OutputFor
     request = pb.ListEndpointStatsRequest(user_id=user)
     with connection("stats", server) as client:
         found = client.stats.ListEndpointStats(request)
-    show_list(found, "endpoints", _ENDPOINT_COLUMNS, output, what="endpoints with attempts")
+    show_list(found, "endpoint_stats", _ENDPOINT_COLUMNS, output, what="endpoints with attempts")

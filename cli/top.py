@@ -211,7 +211,7 @@ class _Monitor:
         if not self.dispatchers:
             return ()
         request = ListEndpointStatsRequest(user_id=self.user)
-        return self.stats.stats.ListEndpointStats(request).endpoints
+        return self.stats.stats.ListEndpointStats(request).endpoint_stats
 
     def _explain(self, stats: SenderStats) -> ExplainEmailJobResponse | None:
         """Return why a sender's first mail waits, or None if no mail waits."""

@@ -227,7 +227,7 @@ def try_(
         )
     show(answer, output)
     if not answer.delivered:
-        raise CommandFailed(f"the test message was not delivered: {answer.error}")
+        raise CommandFailed(f"the test message was not delivered: {answer.failure}")
 
 
 @app.command()

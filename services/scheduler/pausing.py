@@ -12,12 +12,12 @@ def check_pause_end(until: datetime | None, now: datetime) -> None:
     """Check the end of a pause; None means that only a call ends it. `now` is PostgreSQL's time.
 
     Raises:
-        InvalidInput: PAUSE_UNTIL_INVALID.
+        InvalidInput: PAUSE_END_TIME_INVALID.
     """
     if until is not None and not now < until <= now + bounds.MAX_PAUSE:
         raise InvalidInput.field(
-            "until",
+            "pause_end_time",
             f"must be in the future, at most {bounds.MAX_PAUSE.days} days away "
             f"(got {until:%Y-%m-%dT%H:%M:%SZ}); unset, only a call ends the pause",
-            reason="PAUSE_UNTIL_INVALID",
+            reason="PAUSE_END_TIME_INVALID",
         )

@@ -86,7 +86,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         async with self._engine.connect() as connection:
             found = await read_endpoints(connection, user_id)
         return stats_service_pb2.ListEndpointStatsResponse(
-            endpoints=[_endpoint_stats(one) for one in found[:_MOST_ENDPOINTS]]
+            endpoint_stats=[_endpoint_stats(one) for one in found[:_MOST_ENDPOINTS]]
         )
 
     async def ForecastBatch(

@@ -129,7 +129,7 @@ async def test_endpoints_are_shown_with_their_replies_to_their_user_and_to_opera
         async def shown(caller: str, user_id: str = "") -> dict[tuple[str, int], EndpointStats]:
             request = ListEndpointStatsRequest(user_id=user_id)
             answer = await stub.ListEndpointStats(request, metadata=keys[caller])
-            return {(one.user_id, one.port): one for one in answer.endpoints}
+            return {(one.user_id, one.port): one for one in answer.endpoint_stats}
 
         async def all_counted() -> bool:
             return sum(one.attempt_count for one in (await shown("operator")).values()) == 5

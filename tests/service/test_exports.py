@@ -56,7 +56,7 @@ async def exported(
 ) -> tuple[list[ExportedEmailJob], list[ExportEmailJobsResponse]]:
     request = ExportEmailJobsRequest(**{"user_id": "ann", **fields})
     messages = [each async for each in scheduler.jobs.ExportEmailJobs(request)]
-    return [job for each in messages for job in each.jobs], messages
+    return [job for each in messages for job in each.exported_email_jobs], messages
 
 
 async def test_an_export_has_each_job_once_with_its_last_attempt(scheduler: Scheduler) -> None:

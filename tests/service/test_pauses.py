@@ -171,7 +171,7 @@ async def test_a_pause_until_a_time_ends_by_itself_also_after_a_flushall(stack: 
     async with running(settings_of(stack.values)) as dispatcher:
         await eventually(dispatcher.serving)
         end = soon(seconds=2)
-        paused = await stack.pause(batch, until=end)
+        paused = await stack.pause(batch, pause_end_time=end)
         if not stack.sent():
             assert time_of(paused.pause_end_time) == time_of(end)
         await stack.world.redis.flushall()
@@ -183,7 +183,7 @@ async def test_nothing_is_sent_before_the_end_of_a_pause(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(milliseconds=400))
     end = soon(milliseconds=1500)
-    await stack.pause(batch, until=end)
+    await stack.pause(batch, pause_end_time=end)
     found = await stack.explain(batch)
     assert found.wait_reason == jobs_pb.WAIT_REASON_BATCH_PAUSED
     assert time_of(found.wait_end_time) == time_of(end)
@@ -200,7 +200,7 @@ async def test_a_sender_is_paused_until_a_time(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(milliseconds=300))
     end = soon(milliseconds=1500)
-    request = PauseSenderRequest(sender_id=sender.sender_id, until=end)
+    request = PauseSenderRequest(sender_id=sender.sender_id, pause_end_time=end)
     paused = await stack.scheduler.senders.PauseSender(request)
     assert paused.state == sender_pb2.SENDER_STATE_PAUSED
     assert time_of(paused.pause_end_time) == time_of(end)
@@ -225,7 +225,7 @@ async def test_a_sender_is_paused_until_a_time(stack: Stack) -> None:
 
 async def test_a_resume_ends_the_pause_of_a_sender_before_its_time(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
-    pause = PauseSenderRequest(sender_id=sender.sender_id, until=soon(hours=1))
+    pause = PauseSenderRequest(sender_id=sender.sender_id, pause_end_time=soon(hours=1))
     await stack.scheduler.senders.PauseSender(pause)
     await stack.batch(sender, "a1")
     async with running(settings_of(stack.values)) as dispatcher:
@@ -249,7 +249,7 @@ async def test_a_paused_batch_can_be_cancelled_and_its_jobs_expire(stack: Stack)
         refused = await refusal_of(call)
         assert (refused.code, refused.reason) == ("FAILED_PRECONDITION", "BATCH_CANCELLED")
     expiring = await stack.batch(sender, "b1", expire_after=timedelta(seconds=1))
-    await stack.pause(expiring, until=soon(milliseconds=1200))
+    await stack.pause(expiring, pause_end_time=soon(milliseconds=1200))
     async with running(settings_of(stack.values)):
 
         async def expired() -> bool:
@@ -264,11 +264,14 @@ async def test_a_pause_ends_in_the_future_and_within_a_year(stack: Stack, delta:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(hours=1))
     until = soon(seconds=delta.total_seconds())
-    pause = PauseSenderRequest(sender_id=sender.sender_id, until=until)
-    for call in (stack.pause(batch, until=until), stack.scheduler.senders.PauseSender(pause)):
+    pause = PauseSenderRequest(sender_id=sender.sender_id, pause_end_time=until)
+    for call in (
+        stack.pause(batch, pause_end_time=until),
+        stack.scheduler.senders.PauseSender(pause),
+    ):
         refused = await refusal_of(call)
-        assert (refused.code, refused.reason) == ("INVALID_ARGUMENT", "PAUSE_UNTIL_INVALID")
-        assert list(refused.violations) == ["until"]
+        assert (refused.code, refused.reason) == ("INVALID_ARGUMENT", "PAUSE_END_TIME_INVALID")
+        assert list(refused.violations) == ["pause_end_time"]
     assert (await stack.get(batch)).state == batch_pb2.BATCH_STATE_ACTIVE
 
 
@@ -279,7 +282,7 @@ async def test_pauses_resumes_and_a_cancel_at_once_leave_one_result(stack: Stack
         calls = [
             partial(stack.pause, batch),
             partial(stack.resume, batch),
-            partial(stack.pause, batch, until=soon(seconds=60)),
+            partial(stack.pause, batch, pause_end_time=soon(seconds=60)),
         ] * 5
         await asyncio.gather(*(call() for call in calls))
         cancel = CancelBatchRequest(batch_id=batch.batch_id)
@@ -305,7 +308,7 @@ async def test_a_watch_shows_a_pause_and_its_end(stack: Stack) -> None:
         async for change in watch:
             states.append(change.batch.state)
             if len(states) == 1:
-                await stack.pause(batch, until=soon(milliseconds=1500))
+                await stack.pause(batch, pause_end_time=soon(milliseconds=1500))
             if len(states) == 3:
                 break
         watch.cancel()

@@ -69,7 +69,7 @@ async def test_a_test_mail_is_sent_marked_and_counted_by_the_limits(
     first = await send(scheduler, plain, name="Ann", schedule_time=LATER.isoformat())
     assert first.email_job.test
     assert first.email_job.state == EMAIL_JOB_STATE_SCHEDULED
-    assert first.HasField("forecast_end_time")
+    assert first.HasField("estimated_send_time")
     second = await send(scheduler, liquid, name="Ann")
     # The hourly limit is 2, so the third one waits.
     third = await send(scheduler, options_for(sender), "third@b.org")

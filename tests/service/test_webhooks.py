@@ -471,4 +471,4 @@ async def test_an_address_of_the_operators_network_is_not_reached(scheduler: Sch
         request = TryRequest(webhook_id=webhook.webhook_id)
         tested = await scheduler.webhooks.TestWebhook(request)
         assert not tested.delivered
-        assert "is not permitted" in tested.error
+        assert "is not permitted" in tested.failure

@@ -14,7 +14,7 @@ from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.respreading import Respreader
 from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
-from outbox_server.services.scheduler.servicers.calls import acting_user
+from outbox_server.services.scheduler.servicers.calls import acting_user, requested_pause_end
 from outbox_server.services.scheduler.storage import batch_changes as storage
 from outbox_server.services.scheduler.storage.batch_changes import TEXTS, LockedBatch
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_batch
@@ -66,7 +66,7 @@ class BatchControl:
 
     async def pause(self, request: batch_service_pb2.PauseBatchRequest) -> batch_pb2.Batch:
         """Pause a batch."""
-        until = from_timestamp(request.until, "until") if request.HasField("until") else None
+        until = requested_pause_end(request)
 
         async def pause(connection: AsyncConnection, batch: LockedBatch) -> bool:
             check_pause_end(until, batch.now)

@@ -34,6 +34,7 @@ from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag,
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
+    check_file_type,
     errors_name,
     listed_user,
 )
@@ -72,15 +73,6 @@ from outbox_server.shared.states import BatchState
 _WATCHED: Final = "watched batch"
 # The rows of a cancelled batch with at most this many jobs are updated before the call returns.
 _SWEPT_IN_CALL: Final = 5_000
-# The content types of a CSV. The last one is what `curl --data-binary` sends by itself.
-_FILE_TYPES: Final = (
-    "text/csv",
-    "text/tab-separated-values",
-    "text/plain",
-    "application/vnd.ms-excel",
-    "application/octet-stream",
-    "application/x-www-form-urlencoded",
-)
 _LONG_OR_PERSONAL: Final = (
     *("subject", "body", "html", "reply_to", "headers"),
     *("external_id", "labels"),
@@ -177,7 +169,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         user_id = acting_user(first.options.user_id, "options.user_id")
         options = from_options(first.options)
         bind_contextvars(request_id=options.request_id)
-        _check_file_type(first.file.content_type)
+        check_file_type(first.file.content_type)
         payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
         with errors_name("file"):
             accepted = await self._intake.accept(
@@ -232,7 +224,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         return batch_service_pb2.SendTestEmailResponse(
             email_job=to_job(job, installation),
             replayed=accepted.replayed,
-            forecast_end_time=None if forecast.end is None else to_timestamp(forecast.end),
+            estimated_send_time=None if forecast.end is None else to_timestamp(forecast.end),
             notices=[*forecast.notices, *accepted.notices],
         )
 
@@ -505,17 +497,6 @@ async def _pieces(
     yield first.file.data
     async for message in others:
         yield message.file.data
-
-
-def _check_file_type(content_type: str) -> None:
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind and kind not in _FILE_TYPES:
-        raise InvalidInput.field(
-            "file",
-            f"must be the CSV itself, with the content type text/csv (got {kind[:80]!r}); "
-            "curl sends a file as it is with --data-binary @people.csv",
-            reason="FILE_TYPE_INVALID",
-        )
 
 
 def _out_of_order(field: str, message: str) -> InvalidInput:

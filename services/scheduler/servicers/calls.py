@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from datetime import datetime
+from typing import Any, Final, TypeAlias
 
 import grpc
+from outbox.v1 import batch_service_pb2, sender_service_pb2
 
 from outbox_server.shared.callers import (
     CallerKind,
@@ -15,9 +17,19 @@ from outbox_server.shared.callers import (
     require_user,
 )
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.rpc.proto_mapping import from_timestamp
 
 # In quotes, because grpcio's class is generic only in its stubs.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+# The content types of a CSV. The last one is what `curl --data-binary` sends by itself.
+_FILE_TYPES: Final = (
+    "text/csv",
+    "text/tab-separated-values",
+    "text/plain",
+    "application/vnd.ms-excel",
+    "application/octet-stream",
+    "application/x-www-form-urlencoded",
+)
 
 
 def acting_user(requested: str, field: str = "user_id") -> str | None:
@@ -63,3 +75,28 @@ def errors_name(field: str) -> Iterator[None]:
         if error.violations:
             raise
         raise error.about(field) from None
+
+
+def check_file_type(content_type: str) -> None:
+    """Check the content type of the body of an HTTP request that must be a CSV.
+
+    Raises:
+        InvalidInput: FILE_TYPE_INVALID.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind and kind not in _FILE_TYPES:
+        raise InvalidInput.field(
+            "file",
+            f"must be the CSV itself, with the content type text/csv (got {kind[:80]!r}); "
+            "curl sends a file as it is with --data-binary @people.csv",
+            reason="FILE_TYPE_INVALID",
+        )
+
+
+def requested_pause_end(
+    request: batch_service_pb2.PauseBatchRequest | sender_service_pb2.PauseSenderRequest,
+) -> datetime | None:
+    """Return when the pause ends by itself. None means that only a call ends it."""
+    if not request.HasField("pause_end_time"):
+        return None
+    return from_timestamp(request.pause_end_time, "pause_end_time")

@@ -56,7 +56,7 @@ class JobExporter:
             after = found[-1][0] if len(found) == _AT_ONCE else reached
             installation = await installation_id()
             yield email_job_service_pb2.ExportEmailJobsResponse(
-                jobs=[_exported(job, installation) for _, job in found],
+                exported_email_jobs=[_exported(job, installation) for _, job in found],
                 resume_token="" if after is None else page_tokens.encode(_EXPORT, stream, after),
             )
 

@@ -31,7 +31,12 @@ from outbox_server.services.scheduler.filters.resources import (
 )
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
 from outbox_server.services.scheduler.pausing import check_pause_end
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.servicers.calls import (
+    Context,
+    acting_user,
+    named_user,
+    requested_pause_end,
+)
 from outbox_server.services.scheduler.servicers.sender_mapping import (
     audited,
     etag_of,
@@ -60,7 +65,7 @@ from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, whole_ms
+from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.settings import Settings
@@ -267,7 +272,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_pb2.Sender:
         """Pause a sender."""
-        until = from_timestamp(request.until, "until") if request.HasField("until") else None
+        until = requested_pause_end(request)
         return await self._set_state(request, SenderState.PAUSED, until)
 
     async def ResumeSender(

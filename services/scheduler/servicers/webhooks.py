@@ -221,7 +221,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             answer = webhook_service_pb2.TestWebhookResponse(
                 delivered=not result.error,
                 http_status=result.http_status or 0,
-                error=result.error,
+                failure=result.error,
             )
             return Made(
                 answer,

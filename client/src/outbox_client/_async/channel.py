@@ -40,7 +40,9 @@ class Channel:
             request: Any, timeout: float | None = None, metadata: Any = None, **more: Any
         ) -> Any:
             connection = self._connection
-            limit = next((each for each in (timeout, connection.timeout) if each is not None), usual)
+            limit = next(
+                (each for each in (timeout, connection.timeout) if each is not None), usual
+            )
             # With its caller's `request_id`, a change is made once, however often it is asked for.
             by_caller = bool(getattr(request, "request_id", ""))
             attempts = Attempts(connection.retry, limit, safe=safe or by_caller)

@@ -245,7 +245,9 @@ class AsyncClient(AsyncServices):
 
         If the server is unreachable, the client tries again for a minute.
         """
-        return self._resumed(self.email_jobs.ExportEmailJobs, request, "exported_email_jobs", timeout)
+        return self._resumed(
+            self.email_jobs.ExportEmailJobs, request, "exported_email_jobs", timeout
+        )
 
     def export_suppressions(
         self, request: ExportSuppressionsRequest, *, timeout: float | None = None
