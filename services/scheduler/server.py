@@ -384,7 +384,7 @@ def _services(
         ServiceBinding(
             "outbox.v1.SuppressionService",
             partial(add_SuppressionServiceServicer_to_server, suppressions),
-            {"ImportSuppressions": imports.shares},
+            {"ImportSuppressions": imports.shares, "ImportSuppressionsFile": imports.shares},
         ),
         ServiceBinding("outbox.v1.HoldService", partial(add_HoldServiceServicer_to_server, holds)),
         ServiceBinding("outbox.v1.UserService", partial(add_UserServiceServicer_to_server, users)),

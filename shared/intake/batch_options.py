@@ -178,7 +178,9 @@ def check_csv_options(email_column: str, skip_lines: int, prefix: str = "") -> N
 
 
 def check_header_names(headers: Sequence[tuple[str, str]], field: str) -> None:
-    """Check the names of headers. `field` is the path of what has them. Their values are checked with their templates.
+    """Check the names of headers. Their values are checked with their templates.
+
+    `field` is the path of what has them.
 
     Raises:
         InvalidInput: TOO_MANY_HEADERS, HEADER_INVALID.

@@ -212,6 +212,9 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
         "chunk": _file("CHUNK_TOO_LARGE", bounds.MAX_CHUNK_BYTES),
         "suppression_reason": _text(bounds.SUPPRESSION_REASON),
     },
+    "outbox.v1.ImportSuppressionsFileRequest": {
+        "suppression_reason": _text(bounds.SUPPRESSION_REASON)
+    },
     "outbox.v1.SuppressionRows": {
         "suppressions": _entries(bounds.MAX_IMPORTED_ROWS, "TOO_MANY_ENTRIES")
     },

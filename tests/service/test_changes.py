@@ -49,7 +49,8 @@ from tests.two_users import rivals
 KEY: Final = generate_key()
 # They change nothing, are idempotent by another id, or are about a process and not about data.
 NO_REQUEST_ID: Final = {
-    *("ScheduleBatch", "UploadBatch", "UploadBatchFile", "ImportSuppressions", "SendTestEmail"),
+    *("ScheduleBatch", "UploadBatch", "UploadBatchFile", "SendTestEmail"),
+    *("ImportSuppressions", "ImportSuppressionsFile"),
     *("VerifySender", "ForecastBatch", "DrainDispatcher", "PreviewBatch", "RenderEmailJob"),
 }
 _ids = itertools.count(1)

@@ -11,6 +11,7 @@ import grpc
 import psycopg
 import pytest
 import pytest_asyncio
+from google.api.httpbody_pb2 import HttpBody
 from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_SUPPRESSED
 from outbox.v1.email_job_service_pb2 import ListEmailJobsRequest
 from outbox.v1.suppression_pb2 import Suppression
@@ -21,6 +22,7 @@ from outbox.v1.suppression_service_pb2 import (
     ExportSuppressionsRequest,
     ExportSuppressionsResponse,
     GetSuppressionRequest,
+    ImportSuppressionsFileRequest,
     ImportSuppressionsRequest,
     ImportSuppressionsResponse,
     SuppressionRows,
@@ -44,6 +46,39 @@ async def imported(
     answer = await scheduler.suppressions.ImportSuppressions(iter([opening, *parts]))
     assert isinstance(answer, ImportSuppressionsResponse)
     return answer
+
+
+async def test_a_file_over_http_is_imported_and_its_errors_name_the_field_file(
+    scheduler: Scheduler,
+) -> None:
+    """As a JSON transcoder forwards the body of a request, in pieces."""
+
+    async def send(text: str, kind: str = "text/csv", **fields: Any) -> ImportSuppressionsResponse:
+        async def messages() -> AsyncIterator[ImportSuppressionsFileRequest]:
+            data = text.encode()
+            first = HttpBody(content_type=kind, data=data[:9])
+            yield ImportSuppressionsFileRequest(file=first, **{"user_id": "ann", **fields})
+            yield ImportSuppressionsFileRequest(file=HttpBody(data=data[9:]))
+
+        return await scheduler.suppressions.ImportSuppressionsFile(messages())
+
+    text = "Made today\nKonto,reason\nann@b.org,gone\nbo@b.org,\nwrong,\n"
+    options: dict[str, Any] = {"skip_lines": 1, "email_column": "Konto"}
+    answer = await send(text, suppression_reason="moved", identity="me", **options)
+    assert (answer.created_count, answer.rejected_count) == (2, 1)
+    found, _ = await exported(scheduler)
+    assert {one.email: one.reason for one in found} == {"ann@b.org": "gone", "bo@b.org": "moved"}
+    assert scheduler.value("SELECT identity FROM audit_events") == "me"
+    again = await send(text, **options)
+    assert (again.created_count, again.existing_count) == (0, 2)
+    for kind, fields, reason in (
+        ("multipart/form-data; boundary=x", {}, "FILE_TYPE_INVALID"),
+        ("text/csv", {}, "CSV_NO_EMAIL_COLUMN"),
+        ("text/csv", {"user_id": ""}, "USER_ID_REQUIRED"),
+    ):
+        refusal = await refusal_of(send("name\nAnn and more\n", kind, **fields))
+        assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+        assert list(refusal.violations) in (["file"], ["user_id"])
 
 
 def chunks(text: str, size: int = 7) -> list[ImportSuppressionsRequest]:

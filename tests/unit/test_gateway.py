@@ -41,6 +41,7 @@ def test_the_streams_of_the_contract_have_no_limit_and_uploads_an_hour() -> None
     }
     assert {name for name, kind in kinds.items() if kind is CallKind.UPLOAD} == {
         "ImportSuppressions",
+        "ImportSuppressionsFile",
         "UploadBatch",
         "UploadBatchFile",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
@@ -21,7 +21,12 @@ from outbox_server.services.scheduler.filters.resources import (
     check_order,
 )
 from outbox_server.services.scheduler.senders import check_sender_address
-from outbox_server.services.scheduler.servicers.calls import Context, errors_name, named_user
+from outbox_server.services.scheduler.servicers.calls import (
+    Context,
+    check_file_type,
+    errors_name,
+    named_user,
+)
 from outbox_server.services.scheduler.storage import suppressions as storage
 from outbox_server.services.scheduler.storage.suppression_imports import suppress_all
 from outbox_server.services.scheduler.suppressing import end_rest
@@ -48,6 +53,11 @@ from outbox_server.shared.user_quotas import UserQuotas
 _MAX_SHOWN: Final = 80
 _EXPORT: Final = "exported suppressions"
 _EXPORTED_AT_ONCE: Final = 1_000
+
+_ImportRequest: TypeAlias = (
+    suppression_service_pb2.ImportSuppressionsRequest
+    | suppression_service_pb2.ImportSuppressionsFileRequest
+)
 
 
 class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):
@@ -167,21 +177,44 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
                 "one of `chunk` and `rows` must be set in a message",
                 reason="UPLOAD_OUT_OF_ORDER",
             )
-        user_id = named_user(first.user_id)
-        options = _import_options(first)
-        answer = suppression_service_pb2.ImportSuppressionsResponse()
-        blocks = self._imports.blocks(_parts(_part(first), messages), options)
+        parts = _parts(_part(first), messages)
         # It is kept for the audit log, and the part may be large.
         first.ClearField("part")
         with errors_name("chunk"):
-            async with aclosing(blocks) as each:
-                async for block in each:
-                    await self._store(first, user_id, block, answer)
+            return await self._import(first, parts)
+
+    async def ImportSuppressionsFile(
+        self,
+        request_iterator: AsyncIterator[suppression_service_pb2.ImportSuppressionsFileRequest],
+        context: Context,
+    ) -> suppression_service_pb2.ImportSuppressionsResponse:
+        """Suppress the addresses of a CSV that is the body of an HTTP request."""
+        messages = self._least_rate.keep(aiter(request_iterator))
+        first = await anext(messages, None)
+        if first is None:
+            raise InvalidInput.field(
+                "file", "must be set in the first message", reason="UPLOAD_OUT_OF_ORDER"
+            )
+        check_file_type(first.file.content_type)
+        parts = _pieces(first.file.data, messages)
+        first.ClearField("file")
+        with errors_name("file"):
+            return await self._import(first, parts)
+
+    async def _import(
+        self, first: _ImportRequest, parts: AsyncIterator[Part]
+    ) -> suppression_service_pb2.ImportSuppressionsResponse:
+        user_id = named_user(first.user_id)
+        options = _import_options(first)
+        answer = suppression_service_pb2.ImportSuppressionsResponse()
+        async with aclosing(self._imports.blocks(parts, options)) as blocks:
+            async for block in blocks:
+                await self._store(first, user_id, block, answer)
         return answer
 
     async def _store(
         self,
-        request: suppression_service_pb2.ImportSuppressionsRequest,
+        request: _ImportRequest,
         user_id: str,
         block: ImportBlock,
         answer: suppression_service_pb2.ImportSuppressionsResponse,
@@ -312,9 +345,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         )
 
 
-def _import_options(
-    first: suppression_service_pb2.ImportSuppressionsRequest,
-) -> ImportOptions:
+def _import_options(first: _ImportRequest) -> ImportOptions:
     """Return how an import is read.
 
     Raises:
@@ -348,6 +379,15 @@ async def _parts(
         part = _part(message)
         if part is not None:
             yield part
+
+
+async def _pieces(
+    opening: bytes,
+    others: AsyncIterator[suppression_service_pb2.ImportSuppressionsFileRequest],
+) -> AsyncIterator[Part]:
+    yield opening
+    async for message in others:
+        yield message.file.data
 
 
 def _part(message: suppression_service_pb2.ImportSuppressionsRequest) -> Part | None:

@@ -63,6 +63,7 @@ def bodies(sender_id: str) -> dict[tuple[str, str], Any]:
         },
         ("POST", "/api/suppressions"): {"email": "bob@example.com"},
         ("POST", "/api/suppressions:import"): [{"chunk": chunk}],
+        ("POST", "/api/suppressions:importFile"): b"email\nann@example.com\n",
     }
 
 
