@@ -1,4 +1,4 @@
-"""Checks that new templates and headers of a batch fit all of its rows that may still be sent, as intake does.
+"""Checks that new templates and headers of a batch fit its rows that may still be sent.
 
 Most templates only insert columns that each row has: then the size of the longest row decides.
 Otherwise the rows are read in parts, and those for which nothing proves that they can be rendered
@@ -54,8 +54,8 @@ class TemplateChanges:
         None for `headers` means that they stay, too.
 
         Raises:
-            InvalidInput: a template or a header is wrong, or one needs a column that the rows do not have
-                (COLUMN_MISSING).
+            InvalidInput: a template or a header is wrong, or one needs a column that the rows
+                do not have (COLUMN_MISSING).
             FailedPrecondition: ROWS_NOT_RENDERABLE, BATCH_TOO_LARGE_TO_CHECK.
             ResourceExhausted, Unavailable: see `TemplateParser.parse`.
         """

@@ -92,8 +92,7 @@ def due_times(scheduler: Scheduler, batch: batch_pb2.Batch) -> list[datetime]:
 def subjects(inbox: Inbox, header: str = "Subject") -> set[str]:
     files = [inbox.maildir / "new" / mail.file for mail in inbox.mails]
     return {
-        email.message_from_bytes(file.read_bytes(), policy=policy.default)[header]
-        for file in files
+        email.message_from_bytes(file.read_bytes(), policy=policy.default)[header] for file in files
     }
 
 

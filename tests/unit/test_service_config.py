@@ -107,6 +107,7 @@ SMALL_CHANGES: Final = frozenset(
         *("CancelEmailJob", "ResolveEmailJob", "ScheduleBatch", "SendTestEmail"),
         *("CreateApiKey", "CreateSender", "CreateWebhook", "DeleteSuppression", "DeleteWebhook"),
         *("PauseBatch", "PauseSender", "ResumeBatch", "ResumeSender", "RevokeApiKey"),
+        "RotateWebhookSecret",
         *("TestWebhook", "UpdateSender", "UpdateUser", "UpdateWebhook", "VerifySender"),
     }
 )

@@ -10,9 +10,11 @@ from typing import cast as typed
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    Select,
     SQLColumnExpression,
     Text,
     and_,
+    any_,
     cast,
     false,
     func,
@@ -22,12 +24,14 @@ from sqlalchemy import (
     select,
     true,
 )
+from sqlalchemy.dialects.postgresql import array
 
 from outbox_server.services.scheduler.filters.fields import FieldTest, Filter
 from outbox_server.services.scheduler.filters.grammar import AllOf, AnyOf, Negation
 from outbox_server.shared.database.cancellations import being_cancelled, finished_now
-from outbox_server.shared.database.models import Batch, EmailJob
-from outbox_server.shared.intake.addresses import address_key
+from outbox_server.shared.database.models import Batch, EmailJob, Sender
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.intake.addresses import address_key, folded_key
 from outbox_server.shared.intake.tags import external_key
 from outbox_server.shared.states import JobState
 
@@ -81,7 +85,28 @@ def _spellings(address: str) -> list[ColumnElement[str]]:
     With the locale C, PostgreSQL's lower() changes ASCII letters only. If the address has other
     letters, only the given spelling and the lower-case spelling are found.
     """
-    return [func.lower(spelling) for spelling in sorted({address, address_key(address)})]
+    return [func.lower(literal(each, Text)) for each in sorted({address, address_key(address)})]
+
+
+def senders_of(user_id: str | None) -> Select[int]:
+    """Return the ids of all senders of a user, deleted ones included. None means of all users."""
+    return owned_by(select(Sender.id), Sender.user_id, user_id)
+
+
+def hash_is_in(keys: Any, senders: Select[int]) -> ColumnElement[bool]:
+    """Return the condition that a job's address may be one of `keys`, by an index.
+
+    It reads only jobs of these senders. `keys` is an array of folded or lower-case addresses, which
+    the caller must compare too, because their hashes are compared.
+    """
+    hashes = func.hashtextextended(func.unnest(keys), Sender.id)
+    wanted = senders.with_only_columns(hashes).correlate_except(Sender).scalar_subquery()
+    own = select(senders.subquery("own").c.id).scalar_subquery()
+    folded = func.coalesce(EmailJob.recipient_key, func.lower(EmailJob.recipient))
+    stored = func.hashtextextended(folded, EmailJob.sender_id)
+    # The sum keeps the planner from the index of the waiting jobs of each sender.
+    owned = EmailJob.sender_id + 0 == any_(func.array(own))
+    return (stored == any_(func.array(wanted))) & owned
 
 
 def is_addressed_to(address: str) -> ColumnElement[bool]:
@@ -89,11 +114,18 @@ def is_addressed_to(address: str) -> ColumnElement[bool]:
     return func.lower(EmailJob.recipient).in_(_spellings(address))
 
 
-def is_to(address: str) -> ColumnElement[bool]:
+def may_be_to(address: str, senders: Select[int]) -> ColumnElement[bool]:
+    """Return the condition that a job of some senders may go to `address`, by an index.
+
+    The condition must be true of every spelling of the address.
+    """
+    keys = [literal(folded_key(address), Text), *_spellings(address)]
+    return hash_is_in(array(keys), senders)
+
+
+def is_to(address: str, senders: Select[int]) -> ColumnElement[bool]:
     """Return the condition that a job goes to `address`, without regard to case, by an index."""
-    hashed = func.hashtext(func.lower(EmailJob.recipient))
-    by_index = hashed.in_([func.hashtext(spelling) for spelling in _spellings(address)])
-    return by_index & is_addressed_to(address)
+    return may_be_to(address, senders) & is_addressed_to(address)
 
 
 def _has_state(state: JobState) -> ColumnElement[bool]:
@@ -124,9 +156,7 @@ def _recipient(test: FieldTest) -> ColumnElement[bool]:
 
 
 def _of_batch(wanted: Any) -> Any:
-    return (
-        select(wanted).where(Batch.id == EmailJob.batch_id).correlate(EmailJob).scalar_subquery()
-    )
+    return select(wanted).where(Batch.id == EmailJob.batch_id).correlate(EmailJob).scalar_subquery()
 
 
 def has_external_id(user_id: str, external_id: str) -> ColumnElement[bool]:

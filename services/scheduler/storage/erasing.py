@@ -8,6 +8,7 @@ is simply repeated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -15,6 +16,7 @@ from sqlalchemy import (
     ColumnElement,
     Text,
     and_,
+    any_,
     case,
     cast,
     delete,
@@ -26,10 +28,15 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.storage.conditions import is_addressed_to, is_to
+from outbox_server.services.scheduler.storage.conditions import (
+    is_addressed_to,
+    may_be_to,
+    senders_of,
+)
+from outbox_server.services.scheduler.storage.job_filters import LAST_ID
 from outbox_server.services.scheduler.storage.suppressing import (
     ByAddress,
     EndedPart,
@@ -52,7 +59,6 @@ from outbox_server.shared.database.models import (
     Cooldown,
     EmailJob,
     ErasureKey,
-    Sender,
     Suppression,
 )
 from outbox_server.shared.database.ownership import owned_by
@@ -110,7 +116,7 @@ async def suppress_erased(
             )
         )
     ).one()
-    waiting = await waiting_to(connection, user_id, _to_person(address))
+    waiting = await waiting_to(connection, user_id, [_to_person(user_id, address)])
     return SuppressionRecord(*row), await end_part(connection, waiting)
 
 
@@ -121,14 +127,9 @@ async def erase_jobs(
 
     Return how many jobs were erased. Jobs in flight are left to a later call.
     """
-    return sum(
-        [
-            (
-                await connection.execute(_erase_statement(which.by_index, user_id, address, limit))
-            ).scalar_one()
-            for which in _to_person(address)
-        ]
-    )
+    which = _to_person(user_id, address).by_index
+    erased = await connection.execute(_erase_statement(which, user_id, address, limit))
+    return int(erased.scalar_one())
 
 
 async def count_left(connection: AsyncConnection, user_id: str, address: str) -> int:
@@ -136,21 +137,17 @@ async def count_left(connection: AsyncConnection, user_id: str, address: str) ->
 
     They were being sent when the others were erased, and may have ended since.
     """
-    found = 0
-    for which in _to_person(address):
-        jobs = select(EmailJob.id).where(which.by_index, _owned(user_id))
-        found += await connection.scalar(select(func.count()).select_from(jobs.subquery())) or 0
-    return found
+    which = _to_person(user_id, address).by_index
+    jobs = select(EmailJob.id).where(which, _owned(user_id)).subquery()
+    return int(await connection.scalar(select(func.count()).select_from(jobs)) or 0)
 
 
 async def erase_cooldowns(connection: AsyncConnection, user_id: str, address: str) -> None:
     """Erase replies that contain the address from the cooldowns of the user's senders."""
-    senders = owned_by(
-        select(Sender.id).where(Sender.id == Cooldown.sender_id), Sender.user_id, user_id
-    )
+    senders = func.array(senders_of(user_id).scalar_subquery())
     await connection.execute(
         update(Cooldown)
-        .where(_contains(Cooldown.message, address), senders.correlate(Cooldown).exists())
+        .where(Cooldown.sender_id == any_(senders), _contains(Cooldown.message, address))
         .values(message=_ERASED)
     )
 
@@ -158,32 +155,38 @@ async def erase_cooldowns(connection: AsyncConnection, user_id: str, address: st
 async def read_rejections(
     connection: AsyncConnection, user_id: str, after: tuple[int, int]
 ) -> tuple[list[ReadRejection], tuple[int, int] | None]:
-    """Return the user's rejections among the next ones after `after`, and where to go on.
+    """Return the user's next rejections after `after`, and where to go on: None if all are read.
 
-    Rejections are read in the order of their key, of all users, because a user may have millions of
-    batches without any.
+    A part is some batches with few rejections, or some rejections of one batch.
     """
+    batch_id, row_number = after
+    next_ones = Batch.id > batch_id if row_number == LAST_ID else Batch.id >= batch_id
+    listed: Any = (
+        select(Batch.id, Batch.rejected_count)
+        .where(Batch.rejected_count > 0, next_ones)
+        .order_by(Batch.id)
+        .limit(_READ_AT_ONCE)
+    )
+    batches = (await connection.execute(owned_by(listed, Batch.user_id, user_id))).all()
+    if not batches:
+        return [], None
+    sizes = accumulate(batch.rejected_count for batch in batches)
+    ids = [batch.id for batch, size in zip(batches, sizes, strict=True) if size <= _READ_AT_ONCE]
+    ids = ids or [batches[0].id]
     key = (BatchRejection.batch_id, BatchRejection.row_number)
-    page = (
+    # In the order of the key with an equal sign for one batch: LIMIT ends the read.
+    which = key[0] == ids[0] if len(ids) == 1 else key[0] == any_(literal(ids, ARRAY(BigInteger)))
+    place = tuple_(*(literal(part, BigInteger) for part in (batch_id, row_number)))
+    statement = (
         select(*key, BatchRejection.detail)
-        .where(tuple_(*key) > tuple_(*(literal(part, BigInteger) for part in after)))
+        .where(which, tuple_(*key) > place)
         .order_by(*key)
         .limit(_READ_AT_ONCE)
-        .subquery()
     )
-    last = (
-        await connection.execute(
-            select(page.c.batch_id, page.c.row_number)
-            .order_by(page.c.batch_id.desc(), page.c.row_number.desc())
-            .limit(1)
-        )
-    ).one_or_none()
-    if last is None:
-        return [], None
-    rows = await connection.execute(
-        owned_by(select(page).join(Batch, Batch.id == page.c.batch_id), Batch.user_id, user_id)
-    )
-    return [ReadRejection(*row) for row in rows], (last.batch_id, last.row_number)
+    rows = [ReadRejection(*row) for row in await connection.execute(statement)]
+    if len(rows) == _READ_AT_ONCE:
+        return rows, (rows[-1].batch_id, rows[-1].row_number)
+    return rows, (ids[-1], LAST_ID)
 
 
 async def erase_rejections(connection: AsyncConnection, found: list[ReadRejection]) -> None:
@@ -196,18 +199,14 @@ async def erase_rejections(connection: AsyncConnection, found: list[ReadRejectio
     )
 
 
-def _to_person(address: str) -> tuple[ByAddress, ByAddress]:
-    """Return the conditions that a job goes to the person, one for each index that finds it.
-
-    The second one finds other spellings of letters beyond ASCII. It excludes what the first finds.
-    """
+def _to_person(user_id: str, address: str) -> ByAddress:
+    """Return the condition that a job goes to the person, in any spelling of the address."""
     exact, folded = keys_of(address)
     # A job of an older release has the folded key alone.
     same = func.coalesce(EmailJob.address_key, exact) == exact
-    by_address, by_row = is_to(address), is_addressed_to(address)
-    by_key = and_(EmailJob.recipient_key == folded, same, ~by_row)
-    has_key = and_(func.coalesce(EmailJob.recipient_key, "") == folded, same, ~by_row)
-    return ByAddress(by_address, by_row), ByAddress(by_key, has_key)
+    has_key = and_(func.coalesce(EmailJob.recipient_key, "") == folded, same)
+    by_row = or_(is_addressed_to(address), has_key)
+    return ByAddress(and_(may_be_to(address, senders_of(user_id)), by_row), by_row)
 
 
 def _owned(user_id: str) -> ColumnElement[bool]:

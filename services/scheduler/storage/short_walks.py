@@ -8,7 +8,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, lateral, literal, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import FieldTest
+from outbox_server.services.scheduler.filters.fields import FieldTest, required_value
 from outbox_server.services.scheduler.filters.grammar import leaves
 from outbox_server.services.scheduler.storage.conditions import (
     JOB_LEAVES,
@@ -16,6 +16,7 @@ from outbox_server.services.scheduler.storage.conditions import (
     has_external_id,
     is_to,
     job_leaves,
+    senders_of,
 )
 from outbox_server.services.scheduler.storage.job_filters import (
     FoundJobs,
@@ -26,29 +27,33 @@ from outbox_server.services.scheduler.storage.job_filters import (
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Batch, EmailJob, Sender
-from outbox_server.shared.database.ownership import bind_call, owned_by
+from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.states import JobState
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-# More jobs to one address are found by the batches of the user instead.
+# If a user has more jobs to one address, or senders, the jobs are found by the batches instead.
 _MOST_TO_ADDRESS: Final = 2_000
+_MOST_SENDERS: Final = 10_000
 _LATEST: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 
 
 async def walk_address(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, limit: int
 ) -> FoundJobs | None:
-    """Find jobs to one address, or return None if there are many.
-
-    Their index has the jobs of all users, and many users may write to one address.
-    """
+    """Find jobs to one address, or return None if there are many jobs or very many senders."""
     address = which.only("recipient")
     if address is None:  # no address, so no mail can go to it
         return FoundJobs([])
-    to_address = select(EmailJob.id).where(is_to(address))
+    senders = senders_of(which.user_id)
+    known, sender_id = required_value(which.tree, "sender_id")
+    if known:
+        senders = senders.where(Sender.id == (-1 if sender_id is None else sender_id))
+    more_senders = senders.offset(_MOST_SENDERS).limit(1)
+    if (await connection.execute(more_senders)).first() is not None:
+        return None
+    to_address = select(EmailJob.id).where(is_to(address, senders))
     more = to_address.offset(_MOST_TO_ADDRESS).limit(1)
-    bind_call(which.user_id)
     if (await connection.execute(more)).first() is not None:
         return None
     return await _few(connection, which, to_address, after, limit)

@@ -21,7 +21,11 @@ from outbox_server.services.scheduler.storage.cancelling import (
     EndedJobs,
     end_waiting,
 )
-from outbox_server.services.scheduler.storage.conditions import is_addressed_to, is_to
+from outbox_server.services.scheduler.storage.conditions import (
+    is_addressed_to,
+    is_to,
+    senders_of,
+)
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.walking import walk_batches
 from outbox_server.shared.database.cancellations import is_now
@@ -29,8 +33,7 @@ from outbox_server.shared.database.models import Batch, EmailJob
 from outbox_server.shared.database.ownership import bind_call, owned_by
 from outbox_server.shared.states import JobState
 
-# More jobs that one index finds are found by the batches of the user instead, because they may be
-# of other users.
+# More jobs to one address are found by the batches of the user instead: most may not be waiting.
 MOST_BY_INDEX: Final = 2_000
 _WAITING: Final = FieldTest("state", "=", int(JobState.SCHEDULED))
 _START: Final[JobPosition] = (0, 0)
@@ -70,9 +73,9 @@ class EndedPart:
     rest: WaitingJobs
 
 
-def to_address(address: str) -> ByAddress:
+def to_address(user_id: str, address: str) -> ByAddress:
     """Return the conditions for one address."""
-    return ByAddress(is_to(address), is_addressed_to(address))
+    return ByAddress(is_to(address, senders_of(user_id)), is_addressed_to(address))
 
 
 async def waiting_to(

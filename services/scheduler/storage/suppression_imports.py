@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, Text, any_, func, literal, select
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy import BigInteger, ColumnElement, Select, Text, any_, func, literal, select
+from sqlalchemy.dialects.postgresql import ARRAY, array
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.storage.conditions import hash_is_in, senders_of
 from outbox_server.services.scheduler.storage.suppressing import (
     EndedPart,
     WaitingJobs,
@@ -20,14 +21,17 @@ from outbox_server.services.scheduler.storage.suppressions import (
     store_suppressions,
     suppressed_among,
 )
-from outbox_server.shared.database.models import EmailJob
-from outbox_server.shared.intake.addresses import keys_of
+from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.models import EmailJob, Sender
+from outbox_server.shared.intake.addresses import folded_key, keys_of
 from outbox_server.shared.quotas.storage import check_suppressions
-from outbox_server.shared.states import SuppressionForm
+from outbox_server.shared.states import JobState, SuppressionForm
 from outbox_server.shared.user_quotas import UserQuotas
 
-# An address to which more jobs go is not looked for by its index, which has jobs of all users.
+# An address to which the user has more jobs is not looked for by its index: most may not wait.
 _MOST_OF_ADDRESS: Final = 200
+# The index is asked for each address and sender.
+_MOST_LOOKUPS: Final = 200_000
 
 
 async def suppress_all(
@@ -62,17 +66,29 @@ async def suppress_all(
 async def _waiting_to(
     connection: AsyncConnection, user_id: str, spellings: Sequence[str]
 ) -> WaitingJobs:
-    given = _texts(spellings).column_valued("spelling")
-    lowered = func.lower(given)
-    jobs = select(EmailJob.id).where(
-        func.hashtext(func.lower(EmailJob.recipient)) == func.hashtext(lowered)
+    has_waiting = (
+        select(EmailJob.id)
+        .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
+        .limit(1)
+        .correlate(Sender)
+        .scalar_subquery()
+        .is_not(None)
     )
+    senders = (await connection.scalars(senders_of(user_id).where(has_waiting))).all()
+    if not senders:
+        return WaitingJobs(user_id, (), None)
+    if len(senders) * len(spellings) > _MOST_LOOKUPS:
+        return WaitingJobs(user_id, (), _is_to_any(spellings))
+    these = select(Sender.id).where(Sender.id == any_(literal(senders, ARRAY(BigInteger))))
+    given = _texts(spellings).table_valued("spelling", name="given").render_derived()
+    keys = array([func.lower(given.c.spelling)])
+    jobs = select(EmailJob.id).where(hash_is_in(keys, these)).correlate(given)
     more = jobs.offset(_MOST_OF_ADDRESS).limit(1).scalar_subquery()
-    many = set(await connection.scalars(select(given).where(more.is_not(None))))
+    many = set(await connection.scalars(select(given.c.spelling).where(more.is_not(None))))
     few = [each for each in spellings if each not in many]
     return WaitingJobs(
         user_id,
-        (_is_to_any(few, by_index=True),) if few else (),
+        (_is_to_any(few, these),) if few else (),
         _is_to_any(sorted(many)) if many else None,
     )
 
@@ -95,11 +111,19 @@ def _rows(reasons: Mapping[str, str]) -> Select[Any]:
     return select(given.c.address, given.c.reason)
 
 
-def _is_to_any(spellings: Sequence[str], *, by_index: bool = False) -> ColumnElement[bool]:
-    """Return the condition that a job goes to one of the addresses, as `is_to` does for one."""
-    lowered = func.lower(EmailJob.recipient)
+def _is_to_any(spellings: Sequence[str], senders: Select[int] | None = None) -> ColumnElement[bool]:
+    """Return the condition that a job goes to one of the addresses, as `is_to` does for one.
+
+    With `senders`, it is by an index.
+    """
     text = _texts(spellings).column_valued("spelling")
-    hashes = select(func.hashtext(func.lower(text))).scalar_subquery()
     wanted = select(func.lower(text)).scalar_subquery()
-    is_to = lowered == any_(func.array(wanted))
-    return (func.hashtext(lowered) == any_(func.array(hashes))) & is_to if by_index else is_to
+    is_to = func.lower(EmailJob.recipient) == any_(func.array(wanted))
+    if senders is None:
+        return is_to
+    folded = [folded_key(each) for each in spellings if not each.isascii()]
+    lowered = func.array(
+        select(func.lower(_texts(spellings).column_valued("each"))).scalar_subquery()
+    )
+    keys = func.array_cat(lowered, literal(folded, ARRAY(Text)))
+    return hash_is_in(keys, senders) & is_to

@@ -225,7 +225,7 @@ async def insert_suppression(
             )
         )
     ).one()
-    waiting = await waiting_to(connection, user_id, [to_address(address)])
+    waiting = await waiting_to(connection, user_id, [to_address(user_id, address)])
     return SuppressionRecord(*row), await end_part(connection, waiting)
 
 
