@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import FieldViolation, InvalidInput
+from outbox_server.shared.errors import FieldViolation, InvalidInput, Violations
 from outbox_server.shared.intake.send_times import BadScheduleTime, check_time_zone
 from outbox_server.shared.intake.tags import (
     BadTag,
@@ -118,6 +118,38 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
             SKIP_LINES_INVALID, HEADER_INVALID, TOO_MANY_HEADERS, NAME_COLUMN_INVALID,
             EXTERNAL_ID_INVALID, LABELS_INVALID, EXTERNAL_ID_COLUMN_INVALID, LABEL_COLUMNS_INVALID.
     """
+    found = Violations()
+    with found:
+        _check_request_id(options, field)
+    texts = {name: getattr(options, name) or "" for name in ("subject", "body", "html")}
+    for name, text in (texts | options.head.sources()).items():
+        nul = text.find("\0")
+        if nul >= 0:
+            with found:
+                raise InvalidInput.field(
+                    f"{field}.{name}",
+                    f"must not contain a NUL (got one as character {nul + 1:,})",
+                    reason="TEMPLATE_INVALID",
+                )
+    with found:
+        _check_spacing(options, field)
+    with found:
+        _check_expiry(options, field)
+    with found:
+        check_spread(options, options.schedule_time, field)
+    with found:
+        check_csv_options(options.email_column, options.skip_lines, f"{field}.")
+    with found:
+        check_header_names(options.headers, field)
+    with found:
+        _check_tags(options, field)
+    with found:
+        _check_time_zone(options, field)
+    found.raise_any()
+    return options
+
+
+def _check_request_id(options: BatchOptions, field: str) -> None:
     if not options.request_id:
         raise InvalidInput.field(
             f"{field}.request_id",
@@ -125,21 +157,18 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
             reason="REQUEST_ID_REQUIRED",
         )
     bounds.REQUEST_ID.check(f"{field}.request_id", options.request_id)
-    texts = {name: getattr(options, name) or "" for name in ("subject", "body", "html")}
-    for name, text in (texts | options.head.sources()).items():
-        nul = text.find("\0")
-        if nul >= 0:
-            raise InvalidInput.field(
-                f"{field}.{name}",
-                f"must not contain a NUL (got one as character {nul + 1:,})",
-                reason="TEMPLATE_INVALID",
-            )
+
+
+def _check_spacing(options: BatchOptions, field: str) -> None:
     if not 0 <= options.spacing_ms <= bounds.MAX_SPACING // _MILLISECOND:
         raise InvalidInput.field(
             f"{field}.spacing",
             f"must be 0 s to 7 days (got {format_duration(options.spacing_ms * _MILLISECOND)})",
             reason="SPACING_INVALID",
         )
+
+
+def _check_expiry(options: BatchOptions, field: str) -> None:
     shortest, longest = bounds.MIN_EXPIRE_AFTER, bounds.MAX_EXPIRE_AFTER
     if options.expire_after_ms is not None and not (
         shortest <= options.expire_after_ms * _MILLISECOND <= longest
@@ -150,16 +179,14 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
             f"(got {format_duration(options.expire_after_ms * _MILLISECOND)})",
             reason="EXPIRE_AFTER_INVALID",
         )
-    check_spread(options, options.schedule_time, field)
-    check_csv_options(options.email_column, options.skip_lines, f"{field}.")
-    check_header_names(options.headers, field)
-    _check_tags(options, field)
+
+
+def _check_time_zone(options: BatchOptions, field: str) -> None:
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:
         check_time_zone(options.time_zone)
     except BadScheduleTime as error:
         raise InvalidInput.field(f"{field}.time_zone", error.message, reason=error.reason) from None
-    return options
 
 
 def check_csv_options(email_column: str, skip_lines: int, prefix: str = "") -> None:

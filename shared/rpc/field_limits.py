@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from outbox_server.shared import bounds
 from outbox_server.shared.bounds import TextBounds
-from outbox_server.shared.errors import InvalidInput, OutboxError, ResourceExhausted
+from outbox_server.shared.errors import InvalidInput, OutboxError, ResourceExhausted, Violations
 from outbox_server.shared.message_size import utf8_size
 
 
@@ -252,7 +252,7 @@ def check_fields(message: Message) -> None:
     """Check the limits of all fields that are set, at any depth; rows are only counted.
 
     Raises:
-        InvalidInput: a field has more than its limit; the error names the field and the limit.
+        InvalidInput: fields have more than their limits; the error names each, and its limit.
         ResourceExhausted: CSV_TOO_LARGE, CHUNK_TOO_LARGE.
     """
     _check(message, "")
@@ -260,10 +260,13 @@ def check_fields(message: Message) -> None:
 
 def _check(message: Message, prefix: str) -> None:
     checks = _checks_of(message.DESCRIPTOR)
+    found = Violations()
     for field, value in message.ListFields():
         check = checks[field.number]
         if check is not None:
-            check(f"{prefix}{field.name}", value)
+            with found:
+                check(f"{prefix}{field.name}", value)
+    found.raise_any()
 
 
 @cache

@@ -330,6 +330,17 @@ async def test_a_bad_row_is_rejected_or_makes_a_strict_batch_fail(
         ({"schedule_time": Timestamp(seconds=2**60)}, "schedule_time", "INVALID_INPUT"),
         ({"expire_after": Duration()}, "expire_after", "EXPIRE_AFTER_INVALID"),
         ({"user_id": "a\0b"}, "user_id", "USER_ID_INVALID"),
+        # All of them are named, and the reason is that of the first.
+        (
+            {"spacing": Duration(seconds=-1), "skip_lines": -1, "time_zone": "Mars/Olympus"},
+            "spacing skip_lines time_zone",
+            "SPACING_INVALID",
+        ),
+        (
+            {"request_id": "x" * 129, "external_id": "x" * 129},
+            "request_id external_id",
+            "REQUEST_ID_INVALID",
+        ),
     ],
 )
 async def test_an_invalid_option_is_named_and_nothing_is_stored(
@@ -341,7 +352,7 @@ async def test_an_invalid_option_is_named_and_nothing_is_stored(
 ) -> None:
     refusal = await refusal_of(scheduler.schedule(sender, **options))
     assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
-    assert list(refusal.violations) == [f"options.{where}"]
+    assert list(refusal.violations) == [f"options.{field}" for field in where.split()]
     assert nothing_is_stored(scheduler)
 
 
