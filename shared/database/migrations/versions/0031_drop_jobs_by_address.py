@@ -9,6 +9,6 @@ down_revision = "0030"
 
 
 def upgrade() -> None:
-    # An index costs every new row time. Until they are replaced, processes of an older release search
-    # for an address without it, which is slow and changes no result.
+    # An index costs every new row time. Until they are replaced, processes of an older release
+    # search for an address without it, which is slow and changes no result.
     drop_index_concurrently("ix_email_jobs_recipient", "email_jobs")
