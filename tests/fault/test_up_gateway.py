@@ -78,7 +78,7 @@ async def test_the_curl_lines_for_the_old_calls_run_as_printed(folder: Path) -> 
         assert answer_to("page_size=50")["senders"][0]["hourly_limit"] == 100
         assert answer_to('"hourly_limit": 200')["hourly_limit"] == 200
         assert "min_gap" not in answer_to("update_mask")
-        batch = answer_to("--data-binary")["batch"]
+        batch = answer_to("batches:uploadFile")["batch"]
         assert (batch["accepted_count"], batch["rejected_count"]) == ("2", "1")
         assert batch["subject"] == "Hello {{ name }}"
         assert len(answer_to("state=")["email_jobs"]) == 3
@@ -87,6 +87,7 @@ async def test_the_curl_lines_for_the_old_calls_run_as_printed(folder: Path) -> 
         assert answer_to("batches/$BATCH:cancel")["cancelled_count"] == "1"
         assert answer_to("batches/$BATCH:watch")["done"]
         assert answer_to("stats?senderId=$SENDER")["counts"]["cancelled_count"] == "2"
+        assert answer_to("suppressions:importFile")["created_count"] == "1"
 
 
 async def test_a_gateway_that_is_killed_is_started_again_on_its_port(folder: Path) -> None:
