@@ -1,9 +1,11 @@
-"""Formats rows for COPY (see "Text Format" in PostgreSQL's documentation of COPY)."""
+"""Formats rows for COPY ("Text Format" in PostgreSQL's documentation of COPY) and for INSERT."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from outbox_server.services.scheduler.planning import OwnTimes
 from outbox_server.shared.intake.addresses import folded_key
@@ -130,6 +132,43 @@ def format_jobs(
             f"{job_id}\t{head}{time}\t{row.row_number}\t{recipient}\t{keys}\t{variables}{tags}\n"
         )
     return "".join(lines).encode()
+
+
+def job_values(
+    rows: Sequence[JobRow],
+    times: Iterable[str],
+    first_id: int,
+    batch_id: int,
+    sender_id: int,
+    *,
+    user_id: str,
+) -> list[dict[str, Any]]:
+    """Return the same columns by name. `user_id` is the user of the batch."""
+    found = []
+    ids = range(first_id, first_id + len(rows))
+    for job_id, row, time in zip(ids, rows, times, strict=True):
+        due, expires = time.split("\t")
+        recipient, tags = row.recipient, row.tags
+        job: dict[str, Any] = {
+            "id": job_id,
+            "batch_id": batch_id,
+            "sender_id": sender_id,
+            "scheduled_at": due,
+            "row_number": row.row_number,
+            "recipient": recipient,
+            "variables": row.variables,
+        }
+        if expires != "\\N":
+            job["expires_at"] = expires
+        if not recipient.isascii():
+            job |= {"recipient_key": folded_key(recipient), "address_key": row.address_key}
+        if tags is not None and tags.external_id is not None:
+            key = external_key(user_id, tags.external_id)
+            job |= {"external_id": tags.external_id, "external_key": key}
+        if tags is not None and tags.labels is not None:
+            job["labels"] = json.loads(tags.labels)
+        found.append(job)
+    return found
 
 
 def _tags(tags: RowTags | None, user_id: str) -> str:

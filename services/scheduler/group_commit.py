@@ -20,9 +20,10 @@ from typing import Final
 
 import structlog
 
-from outbox_server.services.scheduler.copy_format import Schedule, format_jobs
+from outbox_server.services.scheduler.copy_format import Schedule, job_values
 from outbox_server.services.scheduler.small_batches import SmallBatch
 from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.services.scheduler.storage.checking import unstored_batch
 from outbox_server.services.scheduler.storage.group_intake import (
     GroupCall,
     GroupedBatch,
@@ -30,7 +31,13 @@ from outbox_server.services.scheduler.storage.group_intake import (
     GroupTransaction,
     LockedSender,
 )
-from outbox_server.services.scheduler.storage.intake import IntakeSender, KnownRequest, batch_values
+from outbox_server.services.scheduler.storage.intake import (
+    BegunBatch,
+    IntakeCounts,
+    IntakeSender,
+    KnownRequest,
+    batch_values,
+)
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.errors import OutboxError
 from outbox_server.shared.fair_shares import Claimant
@@ -234,7 +241,7 @@ class GroupCommit:
         suppressed = await transaction.suppressed(keys) if keys else set()
         waiting = await transaction.open_counts(set(owners.values()))
         outcomes: dict[int, _Outcome] = {}
-        written: dict[int, GroupedBatch] = {}
+        written: list[GroupedBatch] = []
         for number, sender in locked.items():
             each = group[number]
             replayed = known.get((sender.sender.user_id, each.request_id))
@@ -242,18 +249,16 @@ class GroupCommit:
                 outcomes[number] = StoredBatch(sender.sender, known=replayed)
                 continue
             try:
-                batch = self._prepare(each, sender, suppressed, waiting)
+                batch, record = self._prepare(each, sender, suppressed, waiting)
             except OutboxError as error:
                 outcomes[number] = error
             except OverflowError:  # a time beyond the year 9999
                 outcomes[number] = None
             else:
-                written[number] = batch
+                written.append(batch)
+                outcomes[number] = StoredBatch(sender.sender, record)
         if written:
-            records = await transaction.write(list(written.values()))
-            for number, batch in written.items():
-                record = records[batch.values["id"]]
-                outcomes[number] = StoredBatch(locked[number].sender, record)
+            await transaction.write(written)
         return self._without_locks(group, found, outcomes)
 
     def _without_locks(
@@ -279,8 +284,8 @@ class GroupCommit:
         found: LockedSender,
         suppressed: set[tuple[str, str, int | None]],
         waiting: dict[str, int],
-    ) -> GroupedBatch:
-        """Return what is written of a batch, and count its jobs in `waiting`.
+    ) -> tuple[GroupedBatch, BatchRecord]:
+        """Return what is written of a batch, and the batch; count its jobs in `waiting`.
 
         Raises:
             ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
@@ -303,22 +308,23 @@ class GroupCommit:
         schedule = Schedule(start, found.now, options.spacing_ms, options.expire_after_ms)
         times = schedule.times(rows)
         batch_id = self._store.ids.issue()
-        lines = b""
-        tags = [row.tags for row in rows if row.tags]
-        if rows:
-            first = self._store.ids.issue(len(rows))
-            tags_of = user if tags else None
-            lines = format_jobs(rows, times, first, batch_id, options.sender_id, tags_of=tags_of)
+        first = self._store.ids.issue(len(rows)) if rows else 0
+        jobs = job_values(rows, times, first, batch_id, options.sender_id, user_id=user)
         waiting[user] += len(rows)
+        counts = IntakeCounts(
+            accepted=len(rows),
+            duplicate=each.batch.duplicates,
+            suppressed=len(each.batch.rows) - len(rows),
+        )
         values = {
             "id": batch_id,
             "request_hash": each.batch.digest,
             "start_at": start,
             "last_due_at": schedule.last_due,
             "spacing_ms": options.spacing_ms,
-            "accepted_count": len(rows),
-            "duplicate_count": each.batch.duplicates,
-            "suppressed_count": len(each.batch.rows) - len(rows),
+            "accepted_count": counts.accepted,
+            "duplicate_count": counts.duplicate,
+            "suppressed_count": counts.suppressed,
             **batch_values(
                 options,
                 user,
@@ -326,6 +332,15 @@ class GroupCommit:
                 each.batch.email_column,
                 each.trace_parent,
             ),
-            "row_labels": any(each.labels for each in tags),
+            "row_labels": any(row.tags.labels for row in rows if row.tags),
         }
-        return GroupedBatch(values, len(rows), lines, tagged=bool(tags))
+        record = unstored_batch(
+            options,
+            BegunBatch(batch_id, start, found.now),
+            counts,
+            user_id=user,
+            email_column=each.batch.email_column,
+            spacing=options.spacing_ms * _MILLISECOND,
+            last_due=schedule.last_due,
+        )
+        return GroupedBatch(values, jobs), record

@@ -97,15 +97,6 @@ async def user_counts(connection: AsyncConnection, user_id: str) -> JobCounts:
     return _to_counts({state: n for _, state, n in rows})
 
 
-async def open_counts(connection: AsyncConnection, user_ids: Iterable[str]) -> dict[str, int]:
-    """Return the number of open jobs of each user, in one statement (see `JobCounts.open`)."""
-    found = dict.fromkeys(user_ids, 0)
-    if found:
-        for key, n in await connection.execute(_OPEN_COUNTS, {"user_ids": list(found)}):
-            found[key] = n
-    return found
-
-
 async def _read_by_key(
     connection: AsyncConnection, statement: _Counts, ids: Iterable[int]
 ) -> dict[int, JobCounts]:
@@ -259,7 +250,8 @@ def _open_statement() -> Select[str, int]:
     return select(parts.c.user_id, cast(func.sum(parts.c.n), BigInteger)).group_by(parts.c.user_id)
 
 
-_OPEN_COUNTS: Final = _open_statement()
+# The open jobs of each of `user_ids` (see `JobCounts.open`). Users without any are missing.
+OPEN_COUNTS: Final = _open_statement()
 _BATCH_COUNTS: Final = _batch_statement()
 _SENDER_COUNTS: Final = _sender_statement()
 _USER_COUNTS: Final = _user_statement()

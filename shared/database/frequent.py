@@ -20,7 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.shared.database.connecting import PostgresConnection, RawCursor
 
 _DIALECT: Final = PGDialect_psycopg()  # type: ignore[no-untyped-call]
-# A parameter, the list of an IN, and a percent sign, as SQLAlchemy writes them for psycopg.
+# A parameter, a constant of the text (such as the list of an IN), and a percent sign, as SQLAlchemy
+# writes them for psycopg.
 _PLACE: Final = re.compile(r"%\((\w+)\)s|__\[POSTCOMPILE_(\w+)\]|%%")
 # More connections than this return to the pool after their statement.
 _KEPT: Final = 1
@@ -45,7 +46,8 @@ class FrequentStatement:
                 return "%"
             value = compiled.params[name]
             if found[2]:
-                return ", ".join(sql.Literal(each).as_string() for each in value)
+                each = value if isinstance(value, (list, tuple)) else (value,)
+                return ", ".join(sql.Literal(one).as_string() for one in each)
             if value is not None:
                 return sql.Literal(value).as_string()
             if name not in self.names:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
-from sqlalchemy import BigInteger, ColumnElement, any_, bindparam, case, select
+from sqlalchemy import BigInteger, ColumnElement, case, select
 from sqlalchemy import cast as sql_cast
-from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import FieldTest, Filter, required_value
@@ -99,12 +98,6 @@ _LISTED: Final = (
 _LONG: Final = (Batch.body, Batch.html, Batch.reply_to, Batch.headers)
 
 
-# Built once, because that takes longer than to run it.
-_NEW: Final = select(*_LISTED, *_LONG).where(
-    Batch.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
-)
-
-
 def _record(row: Any, counts: JobCounts) -> BatchRecord:
     return BatchRecord(
         batch_id=row.id,
@@ -170,17 +163,6 @@ async def read_batch(
         return None
     counts = await batch_counts(connection, [batch_id])
     return _whole(row, counts[batch_id])
-
-
-async def read_new(
-    connection: AsyncConnection, accepted: Mapping[int, int]
-) -> dict[int, BatchRecord]:
-    """Return batches that this transaction has written, with the number of accepted jobs of each.
-
-    None of these jobs can be in another state yet, so nothing is counted.
-    """
-    rows = await connection.execute(_NEW, {"ids": list(accepted)})
-    return {row.id: _whole(row, JobCounts(scheduled=accepted[row.id])) for row in rows}
 
 
 def _shown_state(test: FieldTest) -> ColumnElement[bool]:

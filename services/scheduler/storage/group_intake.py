@@ -6,11 +6,13 @@ sender) is left to the caller, so that one call cannot delay the others of its g
 
 from __future__ import annotations
 
+import json
+from collections import namedtuple
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import psycopg
 from sqlalchemy import (
@@ -21,32 +23,32 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
+    cast,
+    column,
     func,
     insert,
     literal,
     or_,
     select,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSON
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.storage.batches import BatchRecord, read_new
 from outbox_server.services.scheduler.storage.intake import (
-    COPY_JOBS,
-    COPY_TAGGED_JOBS,
     IntakeSender,
     KnownRequest,
     request_lock,
 )
 from outbox_server.services.scheduler.storage.suppressions import suppression_lock
 from outbox_server.shared.database.count_deltas import counting_accepted
-from outbox_server.shared.database.counts import open_counts
+from outbox_server.shared.database.counts import OPEN_COUNTS
 from outbox_server.shared.database.erased_keys import erased_key
-from outbox_server.shared.database.models import Batch, Sender, Suppression, UserRow
+from outbox_server.shared.database.frequent import FrequentStatement, driver_within
+from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression, UserRow
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS, quotas_of, user_lock
-from outbox_server.shared.user_quotas import UserQuotas
+from outbox_server.shared.user_quotas import QUOTAS, UserQuotas
 
 # Older releases lock no request, so an insert may still wait for one of them.
 _LOCK_LIMIT: Final = "1s"
@@ -74,13 +76,10 @@ class LockedSender:
 
 @dataclass(frozen=True, slots=True)
 class GroupedBatch:
-    """A batch to write: the row's values, and its jobs as `copy_format` returns them."""
+    """A batch to write: the values of its row, and of those of its jobs."""
 
     values: Mapping[str, Any]
-    accepted: int
-    lines: bytes
-    # Whether they have the columns of ids and labels.
-    tagged: bool = False
+    jobs: Sequence[Mapping[str, Any]]
 
 
 def _calls(*names: str) -> Any:
@@ -142,14 +141,37 @@ def _known_statement() -> Any:
     )
 
 
-def _count_statement() -> Any:
-    """Count the jobs of new batches, and request loads of the heads of their senders."""
-    types = {"n": Integer}
-    names = ("sender_id", "batch_id", "n")
-    arrays = (bindparam(f"{each}_list", type_=ARRAY(types.get(each, BigInteger))) for each in names)
-    rows = func.unnest(*arrays).table_valued(*names).render_derived()
-    batches = select(*rows.c).cte("new_batches")
-    return select(literal(1)).add_cte(counting_accepted(batches)).add_cte(marking_stale(batches))
+def _records(name: str, table: Any, columns: Sequence[str]) -> Any:
+    """Return the rows of a parameter, a JSON array of objects with these columns of a table."""
+    types = (column(each, table.__table__.c[each].type) for each in columns)
+    rows = func.json_to_recordset(cast(bindparam(name), JSON))
+    return rows.table_valued(*types, name=name).render_derived(name=name, with_types=True)
+
+
+def _write_statement() -> Any:
+    """Return the statement that writes batches and their jobs.
+
+    It also counts the jobs, and requests loads of the heads of their senders.
+    """
+    batches = _records("batches", Batch, BATCH_COLUMNS)
+    jobs = _records("jobs", EmailJob, JOB_COLUMNS)
+    new = (
+        insert(Batch)
+        .from_select(BATCH_COLUMNS, select(*batches.c))
+        .returning(Batch.id, Batch.sender_id, Batch.accepted_count)
+        .cte("new_batches")
+    )
+    filled = (
+        select(new.c.sender_id, new.c.id.label("batch_id"), new.c.accepted_count.label("n"))
+        .where(new.c.accepted_count > 0)
+        .cte("filled")
+    )
+    return (
+        select(literal(1))
+        .add_cte(insert(EmailJob).from_select(JOB_COLUMNS, select(*jobs.c)).cte("new_jobs"))
+        .add_cte(counting_accepted(filled))
+        .add_cte(marking_stale(filled))
+    )
 
 
 def _suppressed_statement() -> Any:
@@ -173,11 +195,35 @@ def _suppressed_statement() -> Any:
     )
 
 
+# What a new batch and a new job have; the other columns have their defaults.
+BATCH_COLUMNS: Final = (
+    *("id", "user_id", "sender_id", "request_id", "request_hash", "subject", "body", "html"),
+    *("variable_names", "email_column", "start_at", "last_due_at", "spacing_ms"),
+    *("expire_after_ms", "duplicates", "mode", "accepted_count", "duplicate_count"),
+    *("suppressed_count", "trace_parent", "reply_to", "headers", "name_column", "external_id"),
+    *("labels", "row_labels", "test"),
+)
+JOB_COLUMNS: Final = (
+    *("id", "batch_id", "sender_id", "scheduled_at", "expires_at", "row_number", "recipient"),
+    *("recipient_key", "address_key", "variables", "external_id", "external_key", "labels"),
+)
 # Built once, because that takes longer than to run them.
-_LOCK: Final = _lock_statement()
-_KNOWN: Final = _known_statement()
-_SUPPRESSED: Final = _suppressed_statement()
-_COUNT: Final = _count_statement()
+_LOCK: Final = FrequentStatement(_lock_statement())
+_KNOWN: Final = FrequentStatement(_known_statement())
+_OPEN: Final = FrequentStatement(OPEN_COUNTS)
+_SUPPRESSED: Final = FrequentStatement(_suppressed_statement())
+_WRITE: Final = FrequentStatement(_write_statement())
+_LOCK_NAMES: Final = (
+    "number",
+    "id",
+    "user_id",
+    "email",
+    "sender_domains",
+    *QUOTAS,
+    "locked",
+    "now",
+)
+_LOCK_ROW: Final[Any] = namedtuple("_LOCK_ROW", _LOCK_NAMES)  # noqa: PYI024 - names from a list
 
 
 class GroupIntakeStore:
@@ -200,13 +246,12 @@ class GroupIntakeStore:
     @asynccontextmanager
     async def begin(self, connection: AsyncConnection) -> AsyncIterator[GroupTransaction]:
         """Open a transaction. It is committed at the end of the block, or rolled back."""
-        async with connection.begin():
-            raw = await connection.get_raw_connection()
-            driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
+        async with connection.begin(), driver_within(connection) as driver:
             try:
-                yield GroupTransaction(connection, driver, self._quotas)
+                yield GroupTransaction(driver, self._quotas)
             except psycopg.OperationalError:
-                # COPY bypasses SQLAlchemy, so the pool does not notice a closed connection.
+                # These statements bypass SQLAlchemy, so the pool does not notice a closed
+                # connection.
                 if driver.closed:
                     await connection.invalidate()
                 raise
@@ -219,13 +264,7 @@ class GroupTransaction:
     locks protect.
     """
 
-    def __init__(
-        self,
-        connection: AsyncConnection,
-        driver: psycopg.AsyncConnection[Any],
-        default_quotas: UserQuotas,
-    ) -> None:
-        self._connection = connection
+    def __init__(self, driver: psycopg.AsyncConnection[Any], default_quotas: UserQuotas) -> None:
         self._driver = driver
         self._default_quotas = default_quotas
 
@@ -248,7 +287,7 @@ class GroupTransaction:
                 row.locked,
                 row.now,
             )
-            for row in await self._connection.execute(_LOCK, values)
+            for row in map(_LOCK_ROW._make, await _LOCK.run(self._driver, values))
         }
 
     async def known_requests(
@@ -256,48 +295,48 @@ class GroupTransaction:
     ) -> tuple[dict[tuple[str, str], KnownRequest], set[str]]:
         """Return the batches of these (user, request_id), and the users with suppressions."""
         values = _columns(requests, "user_id", "request_id")
-        rows = (await self._connection.execute(_KNOWN, values)).all()
+        rows = await _KNOWN.run(self._driver, values)
         known = {
-            (row.user_id, row.request_id): KnownRequest(row.id, row.request_hash)
-            for row in rows
-            if row.id is not None
+            (user, request): KnownRequest(batch_id, digest)
+            for user, request, batch_id, digest, _ in rows
+            if batch_id is not None
         }
-        return known, {row.user_id for row in rows if row.suppresses}
+        return known, {user for user, _, _, _, suppresses in rows if suppresses}
 
     async def suppressed(
         self, keys: Collection[tuple[str, str]]
     ) -> set[tuple[str, str, int | None]]:
         """Return the (user, key, form) that are suppressed, of these (user, key)."""
-        rows = await self._connection.execute(_SUPPRESSED, _columns(keys, "user_id", "address"))
-        return {(row.user_id, row.address, row.form) for row in rows}
+        rows = await _SUPPRESSED.run(self._driver, _columns(keys, "user_id", "address"))
+        return {(user, address, form) for user, address, form in rows}
 
     async def open_counts(self, user_ids: Collection[str]) -> dict[str, int]:
         """Return the number of open jobs of each user."""
-        return await open_counts(self._connection, user_ids)
+        found = dict.fromkeys(user_ids, 0)
+        found |= dict(await _OPEN.run(self._driver, {"user_ids": list(found)}))
+        return found
 
-    async def write(self, batches: Sequence[GroupedBatch]) -> dict[int, BatchRecord]:
-        """Write batches and their jobs. Return the batches as they are stored.
+    async def write(self, batches: Sequence[GroupedBatch]) -> None:
+        """Write batches and their jobs.
 
         Raises:
-            sqlalchemy.exc.IntegrityError, psycopg.errors.UniqueViolation: an id is in use, or
-                another process has written a batch with such a `request_id`.
+            psycopg.errors.UniqueViolation: an id is in use, or another process has written a batch
+                with such a `request_id`.
         """
-        await self._connection.execute(insert(Batch), [dict(batch.values) for batch in batches])
-        for tagged, statement in ((False, COPY_JOBS), (True, COPY_TAGGED_JOBS)):
-            lines = b"".join(batch.lines for batch in batches if batch.tagged == tagged)
-            if lines:
-                async with self._driver.cursor() as cursor, cursor.copy(statement) as copy:
-                    await copy.write(lines)
-        accepted = {batch.values["id"]: batch.accepted for batch in batches}
-        filled = [batch for batch in batches if batch.accepted]
-        if filled:
-            values = {
-                "sender_id_list": [batch.values["sender_id"] for batch in filled],
-                "batch_id_list": [batch.values["id"] for batch in filled],
-                "n_list": [batch.accepted for batch in filled],
-            }
-            await self._connection.execute(_COUNT, values)
-        return await read_new(self._connection, accepted)
+        values = {
+            "batches": _as_json([batch.values for batch in batches]),
+            "jobs": _as_json([job for batch in batches for job in batch.jobs]),
+        }
+        await _WRITE.run(self._driver, values)
+
+
+def _as_json(rows: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(rows, ensure_ascii=False, default=_as_text, separators=(",", ":"))
+
+
+def _as_text(value: datetime | bytes) -> str:
+    """Return a value as PostgreSQL reads it, which JSON does not have."""
+    return f"\\x{value.hex()}" if isinstance(value, bytes) else value.isoformat()
 
 
 def _columns(pairs: Iterable[tuple[str, str]], *names: str) -> dict[str, list[str]]:
