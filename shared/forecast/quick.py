@@ -7,6 +7,7 @@ all the senders.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -27,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.frequent import FrequentStatement, driver_within
 from outbox_server.shared.database.models import Attempt, EmailJob, Sender
 from outbox_server.shared.database.pauses import has_paused_batch
 from outbox_server.shared.forecast.job_groups import joined
@@ -52,7 +54,7 @@ class QuickBacklog:
         """Return the waiting mail; `mine` counts the jobs of a batch."""
         return list(
             joined(
-                (batch, replace(job, mine=job.count if batch == batch_id else 0))
+                (batch, replace(job, mine=job.count) if batch == batch_id else job)
                 for batch, job in self.jobs or ()
             )
         )
@@ -115,7 +117,9 @@ def _statement() -> Select[Any]:
     )
 
 
-_STATEMENT: Final = _statement()
+_SELECTED: Final = _statement()
+_STATEMENT: Final = FrequentStatement(_SELECTED)
+_ROW: Final[Any] = namedtuple("_ROW", _SELECTED.selected_columns.keys())  # noqa: PYI024 - a list
 
 
 async def read_quick(
@@ -123,7 +127,9 @@ async def read_quick(
 ) -> dict[int, QuickBacklog]:
     """Return the input of these senders' forecasts, from one snapshot."""
     values = {"senders": list(sender_ids), "window": rules.window, "lease": rules.lease}
-    return {row.id: _backlog_of(row, rules) for row in await connection.execute(_STATEMENT, values)}
+    async with driver_within(connection) as driver:
+        rows = await _STATEMENT.run(driver, values)
+    return {row.id: _backlog_of(row, rules) for row in map(_ROW._make, rows)}
 
 
 def _backlog_of(row: Any, rules: Rules) -> QuickBacklog:
