@@ -107,7 +107,9 @@ class BatchOptions:
         return HeadTexts(self.reply_to, variable_name(self.name_column), self.headers)
 
 
-def check_options(options: BatchOptions, field: str = "options") -> BatchOptions:
+def check_options(
+    options: BatchOptions, field: str = "options", *, needs_request_id: bool = True
+) -> BatchOptions:
     """Return `options`. `field` is their path in the request.
 
     Templates are checked when they are parsed. Only NUL characters are refused here.
@@ -120,7 +122,7 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
     """
     found = Violations()
     with found:
-        _check_request_id(options, field)
+        _check_request_id(options, field, needed=needs_request_id)
     texts = {name: getattr(options, name) or "" for name in ("subject", "body", "html")}
     for name, text in (texts | options.head.sources()).items():
         nul = text.find("\0")
@@ -149,14 +151,15 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
     return options
 
 
-def _check_request_id(options: BatchOptions, field: str) -> None:
-    if not options.request_id:
+def _check_request_id(options: BatchOptions, field: str, *, needed: bool) -> None:
+    if options.request_id:
+        bounds.REQUEST_ID.check(f"{field}.request_id", options.request_id)
+    elif needed:
         raise InvalidInput.field(
             f"{field}.request_id",
             "must be set to a different text for each batch: it makes the call safe to retry",
             reason="REQUEST_ID_REQUIRED",
         )
-    bounds.REQUEST_ID.check(f"{field}.request_id", options.request_id)
 
 
 def _check_spacing(options: BatchOptions, field: str) -> None:

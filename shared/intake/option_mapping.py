@@ -15,8 +15,10 @@ from outbox_server.shared.rpc.proto_mapping import from_timestamp, parse_id, who
 from outbox_server.shared.states import BatchMode, DuplicatePolicy, requested_enum
 
 
-def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
+def from_options(options: batch_pb2.BatchOptions, *, validate_only: bool = False) -> BatchOptions:
     """Check the options and return them. Unset options get their defaults.
+
+    With `validate_only`, they need no `request_id`: nothing is stored that it could protect.
 
     Raises:
         InvalidInput: an option is wrong.
@@ -53,7 +55,8 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             labels=dict(options.labels),
             external_id_column=options.external_id_column,
             label_columns=tuple(options.label_columns),
-        )
+        ),
+        needs_request_id=not validate_only,
     )
 
 

@@ -116,7 +116,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from one message."""
         user_id = acting_user(request.options.user_id, "options.user_id")
-        options = from_options(request.options)
+        options = from_options(request.options, validate_only=request.validate_only)
         bind_contextvars(request_id=options.request_id)
         payload = partial(_payload, request)
         accept = self._intake.accept_small if _is_small(request) else self._accept_whole
@@ -147,7 +147,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         if first is None or first.WhichOneof("part") != "options":
             raise _out_of_order("options", "must be set in the first message")
         user_id = acting_user(first.options.user_id, "options.user_id")
-        options = from_options(first.options)
+        options = from_options(first.options, validate_only=first.validate_only)
         bind_contextvars(request_id=options.request_id)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
         with errors_name("chunk"):
@@ -167,7 +167,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         if first is None:
             raise _out_of_order("options", "must be set in the first message")
         user_id = acting_user(first.options.user_id, "options.user_id")
-        options = from_options(first.options)
+        options = from_options(first.options, validate_only=first.validate_only)
         bind_contextvars(request_id=options.request_id)
         check_file_type(first.file.content_type)
         payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
@@ -184,8 +184,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
     ) -> batch_service_pb2.PreviewBatchResponse:
         """Return the mails of some rows of a batch that is not stored."""
         user_id = acting_user(request.options.user_id, "options.user_id")
-        request.options.request_id = request.options.request_id or "preview"
-        options = from_options(request.options)
+        options = from_options(request.options, validate_only=True)
         for index, number in enumerate(request.row_numbers):
             if number < 1:
                 raise InvalidInput.field(
