@@ -7,7 +7,8 @@ takes a tenth of that. The statements are still written with SQLAlchemy, and com
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections import namedtuple
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -89,6 +90,14 @@ def _element(value: bool | int | str | None) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'
     return str(value)
+
+
+def named_rows(names: Iterable[str]) -> Callable[[tuple[Any, ...]], Any]:
+    """Return the function that gives the columns of a row these names."""
+    # A type that is made by a list: mypy knows only literals.
+    row: Any = namedtuple("Row", tuple(names))  # type: ignore[misc]  # noqa: PYI024
+    make: Callable[[tuple[Any, ...]], Any] = row._make
+    return make
 
 
 async def driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:

@@ -7,7 +7,6 @@ all the senders.
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -28,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
-from outbox_server.shared.database.frequent import FrequentStatement, driver_within
+from outbox_server.shared.database.frequent import FrequentStatement, driver_within, named_rows
 from outbox_server.shared.database.models import Attempt, EmailJob, Sender
 from outbox_server.shared.database.pauses import has_paused_batch
 from outbox_server.shared.forecast.job_groups import joined
@@ -119,7 +118,7 @@ def _statement() -> Select[Any]:
 
 _SELECTED: Final = _statement()
 _STATEMENT: Final = FrequentStatement(_SELECTED)
-_ROW: Final[Any] = namedtuple("_ROW", _SELECTED.selected_columns.keys())  # noqa: PYI024 - a list
+_NAMED: Final = named_rows(_SELECTED.selected_columns.keys())
 
 
 async def read_quick(
@@ -129,7 +128,7 @@ async def read_quick(
     values = {"senders": list(sender_ids), "window": rules.window, "lease": rules.lease}
     async with driver_within(connection) as driver:
         rows = await _STATEMENT.run(driver, values)
-    return {row.id: _backlog_of(row, rules) for row in map(_ROW._make, rows)}
+    return {row.id: _backlog_of(row, rules) for row in map(_NAMED, rows)}
 
 
 def _backlog_of(row: Any, rules: Rules) -> QuickBacklog:

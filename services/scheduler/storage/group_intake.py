@@ -7,7 +7,6 @@ sender) is left to the caller, so that one call cannot delay the others of its g
 from __future__ import annotations
 
 import json
-from collections import namedtuple
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from outbox_server.services.scheduler.storage.suppressions import suppression_lo
 from outbox_server.shared.database.count_deltas import counting_accepted
 from outbox_server.shared.database.counts import OPEN_COUNTS
 from outbox_server.shared.database.erased_keys import erased_key
-from outbox_server.shared.database.frequent import FrequentStatement, driver_within
+from outbox_server.shared.database.frequent import FrequentStatement, driver_within, named_rows
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression, UserRow
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.id_source import IdSource
@@ -213,17 +212,9 @@ _KNOWN: Final = FrequentStatement(_known_statement())
 _OPEN: Final = FrequentStatement(OPEN_COUNTS)
 _SUPPRESSED: Final = FrequentStatement(_suppressed_statement())
 _WRITE: Final = FrequentStatement(_write_statement())
-_LOCK_NAMES: Final = (
-    "number",
-    "id",
-    "user_id",
-    "email",
-    "sender_domains",
-    *QUOTAS,
-    "locked",
-    "now",
+_LOCKED: Final = named_rows(
+    ("number", "id", "user_id", "email", "sender_domains", *QUOTAS, "locked", "now")
 )
-_LOCK_ROW: Final[Any] = namedtuple("_LOCK_ROW", _LOCK_NAMES)  # noqa: PYI024 - names from a list
 
 
 class GroupIntakeStore:
@@ -287,7 +278,7 @@ class GroupTransaction:
                 row.locked,
                 row.now,
             )
-            for row in map(_LOCK_ROW._make, await _LOCK.run(self._driver, values))
+            for row in map(_LOCKED, await _LOCK.run(self._driver, values))
         }
 
     async def known_requests(
