@@ -25,6 +25,7 @@ from outbox_server.shared.process import run_with_settings
 from outbox_server.shared.rpc.probes import REASON_KEY
 from outbox_server.shared.settings import Settings, load_settings
 from tests.eventually import eventually
+from tests.probing import serving
 
 SERVICE = "outbox.v1.DispatcherService"
 _ROOT = Path(__file__).parent.parent
@@ -70,7 +71,6 @@ class DispatcherClient:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
         self.stub = dispatcher_service_pb2_grpc.DispatcherServiceStub(channel)
-        self._health = health_pb2_grpc.HealthStub(channel)
 
     async def status(self) -> dispatcher_pb2.DispatcherStatus:
         return await self.stub.GetDispatcherStatus(
@@ -83,11 +83,7 @@ class DispatcherClient:
 
     async def serving(self) -> bool:
         """Return whether its health is SERVING."""
-        try:
-            answer = await self._health.Check(health_pb2.HealthCheckRequest(service=SERVICE))
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return await serving(self.channel, SERVICE)
 
 
 class RunningDispatcher(DispatcherClient):
@@ -207,7 +203,7 @@ class DispatcherProcess:
         if not self.listen:
             return False
         async with grpc.aio.insecure_channel(self.listen) as channel:
-            return await DispatcherClient(channel).serving()
+            return await serving(channel, SERVICE)
 
     async def not_serving(self) -> bool:
         """Return whether its health is not SERVING or it does not answer."""
@@ -218,13 +214,7 @@ class DispatcherProcess:
         if not self.listen:
             return False
         async with grpc.aio.insecure_channel(self.listen) as channel:
-            try:
-                answer = await health_pb2_grpc.HealthStub(channel).Check(
-                    health_pb2.HealthCheckRequest()
-                )
-            except grpc.aio.AioRpcError:
-                return False
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+            return await serving(channel)
 
     async def unready(self) -> bool:
         """Return the opposite of `ready`."""

@@ -13,15 +13,14 @@ from pathlib import Path
 import grpc
 import psycopg
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from psycopg import sql
 
 from outbox_server.deploy.ports import free_port
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
+from tests.probing import serving
 
 OUTBOX = Path(sys.executable).with_name("outbox")
-SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -69,15 +68,12 @@ async def test_a_service_command_serves_until_sigterm(
     }
     with running(tmp_path, name, variables) as process:
         async with grpc.aio.insecure_channel(address) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
 
-            async def serving() -> bool:
+            async def serves() -> bool:
                 assert process.poll() is None
-                request = health_pb2.HealthCheckRequest(service=service)
-                answer = await health.Check(request, wait_for_ready=True, timeout=PATIENCE)
-                return bool(answer.status == SERVING)
+                return await serving(channel, service)
 
-            await eventually(serving)
+            await eventually(serves)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out) == (0, "")

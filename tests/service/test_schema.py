@@ -9,7 +9,6 @@ from pathlib import Path
 import grpc
 import psycopg
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from outbox.v1 import server_service_pb2 as pb
 from outbox.v1.server_service_pb2_grpc import ServerServiceStub
 
@@ -19,22 +18,10 @@ from outbox_server.shared.database.schema import REVISION
 from outbox_server.shared.rpc.server_info import CAPABILITIES, installed_version
 from tests.dispatchers import options, process, running, settings_of
 from tests.eventually import eventually
+from tests.probing import serving
 from tests.release_after import LAST, VERSIONS, contract_step
 from tests.scheduler_stack import running_scheduler
 from tests.stats_stack import stats_server
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
-
-
-async def serving(channel: grpc.aio.Channel) -> bool:
-    """Return what a probe sees. A service binds its port anew when it has read its settings."""
-    try:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-    except grpc.aio.AioRpcError as error:
-        if error.code() != grpc.StatusCode.UNAVAILABLE:
-            raise
-        return False
-    return bool(answer.status == SERVING)
 
 
 async def info(channel: grpc.aio.Channel) -> pb.ServerInfo:

@@ -16,7 +16,6 @@ import psycopg
 import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from outbox.v1 import stats_service_pb2 as proto
 from outbox.v1 import stats_service_pb2_grpc
@@ -28,8 +27,7 @@ from outbox_server.shared.settings import load_settings
 from tests import cooldowns
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
-
-SERVING = health_pb2.HealthCheckResponse.SERVING
+from tests.probing import serving
 
 
 class Stats:
@@ -39,13 +37,9 @@ class Stats:
         self.database_url = database_url
         self.channel = channel
         self.stub = stats_service_pb2_grpc.StatsServiceStub(channel)
-        self.health = health_pb2_grpc.HealthStub(channel)
 
     async def serving(self) -> bool:
-        answer = await self.health.Check(
-            health_pb2.HealthCheckRequest(service="outbox.v1.StatsService")
-        )
-        return bool(answer.status == SERVING)
+        return await serving(self.channel, "outbox.v1.StatsService")
 
     async def sql(self, statement: str, *values: Any) -> int:
         """Run a statement; return the first column of its first row, or 0 if it has no rows."""
