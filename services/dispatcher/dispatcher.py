@@ -59,6 +59,8 @@ _RETRY = timedelta(milliseconds=500)
 # The pause before a job is claimed again that somebody else had locked.
 _LOCKED_PAUSE = timedelta(seconds=1)
 _MS = timedelta(milliseconds=1)
+# The pause after a claim that brought all the jobs that may wait ahead.
+_AHEAD_PAUSE = 2 * _MS
 # An operator's change of a quota applies after this time at the latest.
 _QUOTAS_AGE = timedelta(seconds=5)
 _log = structlog.get_logger(__name__)
@@ -258,6 +260,9 @@ class Dispatcher:
             self._groups.start(queue, claimed.claims, claimed_at, slots)
             self._slots.return_ahead(ahead)
             pause = self._pause_after(claimed, slots + ahead)
+            if not (slots or pause):
+                # The next jobs are claimed ahead as a group, too, once some of these have a slot.
+                pause = _AHEAD_PAUSE
             if pause > timedelta(0):
                 await listener.wait(pause)
 
@@ -266,7 +271,6 @@ class Dispatcher:
         mails: list[ReadyMail] = []
         try:
             mails = await self._confirm(group, await self._marked(group, marks))
-            self._settler.begin(mail.job.job for mail in mails)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _log.warning("start_failed", jobs=len(group.taken), error=type(error).__name__)
             # A lock concerns few jobs, and may be that of an outcome in the same statement.
@@ -290,7 +294,7 @@ class Dispatcher:
             self._failing.add(queue.shard)
         else:
             self._failing.discard(queue.shard)
-        if not claimed.parked:
+        if not claimed.parked and len(claimed.claims) < want:
             self._slots.limited(queue.shard, ())
         return claimed
 
@@ -386,7 +390,7 @@ class Dispatcher:
                 return permit
             self._slots.end(permit, sent=False)
         self._slots.learn(job.sender_id, route)
-        return self._slots.permit(route)
+        return self._slots.permit(route, marked=True)
 
     def _pause_after(self, claimed: Claimed, want: int) -> timedelta:
         """Return how long to wait for a wake-up before the next claim."""

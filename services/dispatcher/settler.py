@@ -12,6 +12,7 @@ PostgreSQL. There too, a send that is in flight meanwhile has a lease, which end
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,10 +53,15 @@ from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.queue.records import Claim, Settlement
 
 _RETRY_S = 0.2
-# How long a group waits for the outcomes of sends that began lately, and how many are enough.
+# How long a group waits for the outcomes of sends that began lately, and which part of all slots is
+# enough. Of few slots nearly all: each group costs a fixed sum, so two halves cost twice as much.
 _PATIENCE_S = 0.002
-_ENOUGH = 16
+_ENOUGH = 0.8
+_ENOUGH_OF_MANY = 0.5
+_MANY_SLOTS = 20
 _LATELY_S = 0.02
+# A claim that could not be made earlier does not wait for outcomes. Others wait for a slot anyway.
+_FRESH = timedelta(milliseconds=50)
 _log = structlog.get_logger(__name__)
 
 
@@ -120,10 +126,14 @@ class Settler:
         self._slots = slots
         self._pending: list[ClaimOutcome] = []
         self._marks: list[_MarkRequest] = []
+        # Whether one of them became eligible just now.
+        self._fresh = False
         self._arrived = asyncio.Event()
         # The jobs whose sends began lately and have not ended, and when they began, oldest first.
         self._begun: dict[JobRef, float] = {}
         self._complete = asyncio.Event()
+        part = _ENOUGH if slots.total <= _MANY_SLOTS else _ENOUGH_OF_MANY
+        self._enough = math.ceil(part * slots.total)
         self._closed = False
         self.given_back_count = 0
 
@@ -133,7 +143,7 @@ class Settler:
         self._arrived.set()
         if self._begun:
             self._begun.pop(job_of(outcome), None)
-        if not self._begun or len(self._pending) >= _ENOUGH:
+        if not self._begun or len(self._pending) >= self._enough:
             self._complete.set()
 
     def mark(self, queue: Queue, claims: Sequence[Claim]) -> asyncio.Future[list[MarkedJob]]:
@@ -145,7 +155,9 @@ class Settler:
         request = _MarkRequest(queue, claims, asyncio.get_running_loop().create_future())
         self._marks.append(request)
         self._arrived.set()
-        self._complete.set()
+        if any(claim.waited < _FRESH for claim in claims):
+            self._fresh = True
+            self._complete.set()
         return request.marked
 
     def begin(self, jobs: Iterable[JobRef]) -> None:
@@ -190,7 +202,7 @@ class Settler:
         since = time.monotonic() - _LATELY_S
         while self._begun and self._begun[job := next(iter(self._begun))] < since:
             del self._begun[job]
-        if not self._begun or self._marks or len(self._pending) >= _ENOUGH or self._closed:
+        if not self._begun or self._fresh or len(self._pending) >= self._enough or self._closed:
             return
         self._complete.clear()
         timer = asyncio.get_running_loop().call_later(_PATIENCE_S, self._complete.set)
@@ -224,6 +236,7 @@ class Settler:
             else:
                 left.append(request)
         self._marks = left
+        self._fresh = False
         if left:
             self._arrived.set()
         return taken
@@ -265,6 +278,9 @@ class Settler:
         if missed := [outcome for outcome in plain if outcome.record.job.job_id not in moved]:
             # Locked, or not SENDING any more. The marks of others do not wait for them.
             tasks.create_task(self._finish(list(missed), tasks))
+        # These begin now. Otherwise the mails that ended during the statement would not wait for
+        # them, and two small groups would take turns for ever.
+        self.begin(job.job for job in jobs)
         by_id = {job.job.job_id: job for job in jobs}
         for request in requests:
             found = [by_id[c.job.job_id] for c in request.claims if c.job.job_id in by_id]

@@ -39,6 +39,10 @@ MAX_WAITING: Final = 1_000
 MAX_WAITING_OF_USER: Final = 250
 # Jobs are claimed ahead for as many sends as ended within this time, so they wait about as long.
 _AHEAD_S: Final = 0.05
+# The most of them for each slot. While one group of them gets its slots, the next is claimed.
+_AHEAD_PER_SLOT: Final = 2
+# They are claimed when there is room for this part of them, because each claim has its fixed cost.
+_LEAST_PART_AHEAD: Final = 0.25
 # If sends take longer than before, those jobs return to the queue after this time.
 _LONGEST_AHEAD_S: Final = 0.2
 
@@ -104,6 +108,11 @@ class Slots:
     # Slots -----------------------------------------------------------------------------------
 
     @property
+    def total(self) -> int:
+        """The number of slots."""
+        return self._total
+
+    @property
     def in_flight(self) -> int:
         """The number of slots of jobs that are marked, or may be. It never exceeds the total.
 
@@ -163,8 +172,9 @@ class Slots:
             self._ended.popleft()
         if not self._ended:
             return 0
-        lately = sum(number for _, number in self._ended)
-        return max(0, min(self._total, lately) - self._ahead - self._ahead_taken)
+        most = min(_AHEAD_PER_SLOT * self._total, sum(number for _, number in self._ended))
+        room = max(0, most - self._ahead - self._ahead_taken)
+        return room if room >= most * _LEAST_PART_AHEAD else 0
 
     def hand_over(self, number: int) -> None:
         """Let claims that wait use the slots of `number` sends that have ended.
@@ -176,6 +186,9 @@ class Slots:
         before = self._in_flight
         self._resume_waiting(self._total + number)
         self._handed_over += self._in_flight - before
+        if self._ahead_room():
+            # The next claim and the statement run at the same time.
+            self._free.set()
 
     def end_hand_over(self) -> None:
         """Count the slots that were handed over as those of other claims again."""
@@ -203,9 +216,18 @@ class Slots:
         """
         self._returning -= returned
         self.release(number)
-        if self._room:
+        if self._room and self._limited_have_room():
             self._room = False
             self._on_room()
+
+    def _limited_have_room(self) -> bool:
+        """Return whether a claim could bring jobs of a user who was limited in the last one."""
+        if self._ahead_room():
+            return True
+        share = self._shares.share
+        return self._in_flight < self._total and any(
+            self._shares.user(key).held < share for users in self._limited.values() for key in users
+        )
 
     def close(self) -> None:
         """Give out no more slots, and end all waits without a permit."""
@@ -229,7 +251,7 @@ class Slots:
         found = []
         fair, share = self._shares.fair, self._shares.share
         for key, user in self._shares.active():
-            ahead = max(0, min(self._ahead_taken, share - user.waiting))
+            ahead = max(0, min(self._ahead_taken, _AHEAD_PER_SLOT * share - user.waiting))
             most = min(share - user.held + ahead, MAX_WAITING_OF_USER - user.waiting)
             first = min(most, fair - user.held)
             if first < want:
@@ -279,9 +301,13 @@ class Slots:
         if len(self._routes) > _MAX_SENDERS:
             self._routes.popitem(last=False)
 
-    def permit(self, route: Route) -> Permit | None:
-        """Return a permit. None if the endpoint or the user has its share, or other claims wait."""
+    def permit(self, route: Route, *, marked: bool = False) -> Permit | None:
+        """Return a permit. None if the endpoint or the user has its share, or other claims wait.
+
+        A job that is `marked` already comes before the claims that wait.
+        """
         waits = self._shares.endpoint(route).waiting if route.endpoint else route in self._lines
+        waits = waits and not marked
         if waits or not self._shares.allows(route):
             return None
         return self._shares.issue(route)

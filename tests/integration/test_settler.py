@@ -179,7 +179,7 @@ async def test_many_outcomes_do_not_wait_for_others(
     world: World, statements: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settler_module, "_PATIENCE_S", 10 * PATIENCE)
-    monkeypatch.setattr(settler_module, "_ENOUGH", 1)
+    monkeypatch.setattr(settler_module, "_ENOUGH", 0.5)  # of two slots
     async with settling_two(world, statements) as (settler, slots, (first, second)):
         settler.settle(first)
         await eventually(lambda: slots.in_flight == 1)

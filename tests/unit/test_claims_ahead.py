@@ -135,7 +135,7 @@ async def test_a_user_may_have_its_share_of_the_claims_ahead(slots: Slots) -> No
     await busy(slots, relay("anna"))
     assert slots.take_ahead() == 4
     assert slots.limits(5) == [UserLimit("anna", first=1, most=4)]
-    ahead(slots, *[relay("anna")] * 4)
+    ahead(slots, *[relay("anna")] * 8)
     assert slots.limits(5) == [UserLimit("anna", first=0, most=0)]
     slots.close()
 
@@ -150,6 +150,16 @@ async def test_claims_for_slow_endpoints_use_up_nothing_that_may_be_claimed_ahea
     end(slots, *held)
     slots.settled(len(held))
     assert slots.take_ahead() == len(held)
+    slots.close()
+
+
+async def test_a_marked_job_comes_before_the_claims_that_wait(slots: Slots) -> None:
+    # Its sender's route was not known before. Given back, it would be claimed and marked again.
+    held = await busy(slots, relay("anna"))
+    ahead(slots, relay("anna"))
+    slots.end(held[0])
+    assert slots.permit(relay("anna")) is None
+    assert slots.permit(relay("anna"), marked=True)
     slots.close()
 
 
