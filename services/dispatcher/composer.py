@@ -230,12 +230,14 @@ class Composer:
 
         Raises:
             CompositionError: no mail can be built.
-            TimeoutError: no worker was free for `wait` seconds, or the dispatcher stops.
+            TimeoutError: no worker was free for `wait` seconds, the dispatcher stops, or the batch
+                must be read again.
             WorkerLostError: the mail can be built later.
         """
         batch = self._mail_of(job)
         if batch is None:
-            raise CompositionError(f"batch {job.batch_id} does not exist")
+            # Other batches took its place in the cache, or it was deleted with its jobs.
+            raise TimeoutError
         if isinstance(batch, CompositionError):
             raise batch
         content = batch.content

@@ -397,12 +397,29 @@ async def test_a_batch_that_cannot_be_built_fails_its_mails_and_no_others(
     await compose(composer, job(2, batch=2))
 
 
-async def test_a_missing_batch_is_an_error_of_its_mails() -> None:
-    composer = composer_of(Reader())
+async def test_a_batch_that_the_cache_has_forgotten_fails_no_mail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(composer_module, "_KEPT_CHARACTERS", 0)
+    monkeypatch.setattr(composer_module, "MOST_PREPARED", 0)
+    monkeypatch.setattr(composer_module, "_MOST_OF_A_BATCH", 4096)
+    monkeypatch.setattr(composer_module, "_LEAST_OF_A_BATCH", 4096)
+    reader = Reader(*(replace(BATCH, batch_id=n) for n in range(1, 5)))
+    composer = composer_of(reader, dispatcher_concurrency=2)
     await composer.prepare([job()])
+    # Meanwhile other slots send many mails.
+    for n in range(2, 5):
+        await composer.prepare([job(n, batch=n)])
 
-    with pytest.raises(CompositionError, match="batch 1 does not exist"):
+    # It is given back, and may be sent later.
+    with pytest.raises(TimeoutError):
         await compose(composer, job())
+    await composer.prepare([job()])
+    await compose(composer, job())
+    # One that was deleted, with its jobs.
+    await composer.prepare([job(9, batch=9)])
+    with pytest.raises(TimeoutError):
+        await compose(composer, job(9, batch=9))
 
 
 OWN = StoredEndpoint("anna", "own.test", 2525, username="anna")
