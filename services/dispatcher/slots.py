@@ -173,7 +173,9 @@ class Slots:
         if not self._ended:
             return 0
         most = min(_AHEAD_PER_SLOT * self._total, sum(number for _, number in self._ended))
-        room = max(0, most - self._ahead - self._ahead_taken)
+        # Where too many wait already, none would wait for a slot.
+        may_wait = MAX_WAITING - self._waiting
+        room = max(0, min(most - self._ahead, may_wait) - self._ahead_taken)
         return room if room >= most * _LEAST_PART_AHEAD else 0
 
     def hand_over(self, number: int) -> None:

@@ -153,6 +153,26 @@ async def test_claims_for_slow_endpoints_use_up_nothing_that_may_be_claimed_ahea
     slots.close()
 
 
+async def test_nothing_is_claimed_ahead_while_too_many_claims_wait(
+    slots: Slots, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox_server.services.dispatcher.slots.MAX_WAITING", 6)
+    send(slots, clock, SLOW, 2)
+    take_all(slots, SLOW)
+    ahead(slots, *[SLOW] * 5)
+    held = await busy(slots, relay("bert"))
+    end(slots, *held)
+    slots.settled(len(held))
+    assert len(held) == 4
+    # Of four, one may still wait for a slot.
+    assert slots.take_ahead() == 1
+    slots.return_ahead(1)
+    await slots.take_free()
+    ahead(slots, relay("bert"))
+    assert slots.take_ahead() == 0
+    slots.close()
+
+
 async def test_a_marked_job_comes_before_the_claims_that_wait(slots: Slots) -> None:
     # Its sender's route was not known before. Given back, it would be claimed and marked again.
     held = await busy(slots, relay("anna"))
