@@ -99,6 +99,8 @@ class Slots:
         self._idle = asyncio.Event()
         self._idle.set()
         self._routes: OrderedDict[int, Route] = OrderedDict()
+        # Who got the last permit.
+        self._last_user = ""
         # The claims that wait, oldest first, by route, and their number.
         self._lines: dict[Route, dict[_Waiter, None]] = {}
         self._waiting = 0
@@ -252,10 +254,15 @@ class Slots:
         """
         found = []
         fair, share = self._shares.fair, self._shares.share
-        for key, user in self._shares.active():
+        users = dict(self._shares.active())
+        # Nothing of a single slot is reserved for others, so they come before who had it last.
+        last = self._last_user if self._total == 1 else ""
+        if last:
+            users[last] = self._shares.user(last)
+        for key, user in users.items():
             ahead = max(0, min(self._ahead_taken, _AHEAD_PER_SLOT * share - user.waiting))
             most = min(share - user.held + ahead, MAX_WAITING_OF_USER - user.waiting)
-            first = min(most, fair - user.held)
+            first = 0 if key == last else min(most, fair - user.held)
             if first < want:
                 found.append(UserLimit(key, first=max(0, first), most=max(0, most)))
         return found
@@ -312,6 +319,10 @@ class Slots:
         waits = waits and not marked
         if waits or not self._shares.allows(route):
             return None
+        return self._issue(route)
+
+    def _issue(self, route: Route) -> Permit:
+        self._last_user = route.user or self._last_user
         return self._shares.issue(route)
 
     def end(self, permit: Permit, *, sent: bool = True, answered: bool = True) -> None:
@@ -410,7 +421,7 @@ class Slots:
             if rank == (held, turn):
                 if route.endpoint:
                     self._shares.next_turn(route)
-                permit = self._shares.issue(route)
+                permit = self._issue(route)
                 if self._shares.is_slow(route):
                     slow = self._shares.slow_permits()
                 self._end_wait(next(iter(line)), permit)

@@ -140,6 +140,16 @@ async def test_a_user_may_have_its_share_of_the_claims_ahead(slots: Slots) -> No
     slots.close()
 
 
+async def test_of_a_single_slot_the_user_who_had_it_last_comes_after_the_others() -> None:
+    slots = Slots(1, unproven=2)
+    for user in ("anna", "bert"):
+        permit = slots.permit(relay(user))
+        assert permit is not None
+        slots.end(permit)
+        # Otherwise the user whose mail waits longest would have it until nothing waits.
+        assert slots.limits(1) == [UserLimit(user, first=0, most=1)]
+
+
 async def test_claims_for_slow_endpoints_use_up_nothing_that_may_be_claimed_ahead(
     slots: Slots, clock: Clock
 ) -> None:
