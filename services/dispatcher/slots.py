@@ -166,7 +166,7 @@ class Slots:
     def return_ahead(self, number: int) -> None:
         """End what `take_ahead` began."""
         self._ahead_taken -= number
-        self.release(0)
+        self.settled(0)
 
     def _ahead_room(self) -> int:
         since = self._clock() - _AHEAD_S

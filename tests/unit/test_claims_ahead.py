@@ -216,6 +216,26 @@ async def test_claims_of_unknown_routes_wait_for_a_slot_too(slots: Slots) -> Non
     slots.close()
 
 
+async def test_a_claim_that_needs_fewer_slots_leaves_room_for_users_who_were_limited(
+    clock: Clock,
+) -> None:
+    signals: list[None] = []
+    slots = Slots(5, clock, unproven=4, on_room=lambda: signals.append(None))
+    held = take_all(slots, relay("anna"), 3)
+    slots.limited(0, [UserLimit("anna", first=0, most=0)])
+    # A claim of another shard has the two other slots.
+    assert await slots.take_free() == 5
+    ahead(slots, relay("anna"))
+    end(slots, held[0])
+    clock.now += 0.06
+    slots.settled(1)
+    assert signals == []
+    slots.release(2)
+    slots.return_ahead(0)
+    assert signals == [None]
+    slots.close()
+
+
 async def test_slots_are_not_idle_while_a_claim_may_bring_jobs(slots: Slots) -> None:
     held = await busy(slots, relay("anna"))
     end(slots, *held)
