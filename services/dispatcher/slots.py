@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -43,6 +44,11 @@ _AHEAD_S: Final = 0.05
 _AHEAD_PER_SLOT: Final = 2
 # They are claimed when there is room for this part of them, because each claim has its fixed cost.
 _LEAST_PART_AHEAD: Final = 0.25
+# A user who had this part of an equal share of the last permits comes after others. So many permits
+# are considered for each slot, and at most in all.
+_ENOUGH_LATELY: Final = 0.75
+_LATELY_PER_SLOT: Final = 20
+_MOST_LATELY: Final = 200
 # If sends take longer than before, those jobs return to the queue after this time.
 _LONGEST_AHEAD_S: Final = 0.2
 
@@ -99,8 +105,11 @@ class Slots:
         self._idle = asyncio.Event()
         self._idle.set()
         self._routes: OrderedDict[int, Route] = OrderedDict()
-        # Who got the last permit.
-        self._last_user = ""
+        # The users of the last permits, and how many each of them got.
+        self._issued: deque[str] = deque()
+        self._lately: Counter[str] = Counter()
+        # Whether the last claim preferred users who got none of them.
+        self._none_lately = True
         # The claims that wait, oldest first, by route, and their number.
         self._lines: dict[Route, dict[_Waiter, None]] = {}
         self._waiting = 0
@@ -254,18 +263,30 @@ class Slots:
         """
         found = []
         fair, share = self._shares.fair, self._shares.share
-        users = dict(self._shares.active())
-        # Nothing of a single slot is reserved for others, so they come before who had it last.
-        last = self._last_user if self._total == 1 else ""
-        if last:
-            users[last] = self._shares.user(last)
+        served = self._served_lately()
+        users = dict(self._shares.active()) | {key: self._shares.user(key) for key in served}
         for key, user in users.items():
             ahead = max(0, min(self._ahead_taken, _AHEAD_PER_SLOT * share - user.waiting))
             most = min(share - user.held + ahead, MAX_WAITING_OF_USER - user.waiting)
-            first = 0 if key == last else min(most, fair - user.held)
+            first = 0 if key in served else min(most, fair - user.held)
             if first < want:
                 found.append(UserLimit(key, first=max(0, first), most=max(0, most)))
         return found
+
+    def _served_lately(self) -> set[str]:
+        """Return the users who had their part of the last permits: others come before them.
+
+        Their mail may have waited longer than that of others, until their whole backlog is sent.
+        While one user alone has permits, the reserve is for the others. In each second claim, one
+        permit is a part: of many users, there is always one who had a little less than the others.
+        """
+        if len(self._lately) == 1 and self._total > 1:
+            return set()
+        self._none_lately = not self._none_lately
+        if self._none_lately:
+            return set(self._lately)
+        part = math.ceil(_ENOUGH_LATELY * len(self._issued) / max(1, len(self._lately)))
+        return {key for key, number in self._lately.items() if number >= part}
 
     def limited(self, shard: int, limits: Iterable[UserLimit]) -> None:
         """Note whose jobs a claim of a shard may leave out: `on_room` is called for them."""
@@ -322,7 +343,13 @@ class Slots:
         return self._issue(route)
 
     def _issue(self, route: Route) -> Permit:
-        self._last_user = route.user or self._last_user
+        self._issued.append(route.user)
+        self._lately[route.user] += 1
+        if len(self._issued) > min(_LATELY_PER_SLOT * self._total, _MOST_LATELY):
+            oldest = self._issued.popleft()
+            self._lately[oldest] -= 1
+            if not self._lately[oldest]:
+                del self._lately[oldest]
         return self._shares.issue(route)
 
     def end(self, permit: Permit, *, sent: bool = True, answered: bool = True) -> None:

@@ -140,14 +140,26 @@ async def test_a_user_may_have_its_share_of_the_claims_ahead(slots: Slots) -> No
     slots.close()
 
 
-async def test_of_a_single_slot_the_user_who_had_it_last_comes_after_the_others() -> None:
-    slots = Slots(1, unproven=2)
-    for user in ("anna", "bert"):
+@pytest.mark.parametrize("users", [["anna"], ["anna", "bert"], ["anna", "bert", "carl"]])
+async def test_users_who_had_all_slots_come_after_a_user_who_had_none(users: list[str]) -> None:
+    """Otherwise those whose mail waits longest would have them until nothing of theirs waits."""
+    slots = Slots(len(users), unproven=2)
+    for user in [*users * 5, "dora"]:
         permit = slots.permit(relay(user))
         assert permit is not None
         slots.end(permit)
-        # Otherwise the user whose mail waits longest would have it until nothing waits.
-        assert slots.limits(1) == [UserLimit(user, first=0, most=1)]
+    # Before them comes dora, who had less. In each second claim, who had none comes before all.
+    for served in (set(users), {*users, "dora"}):
+        limits = slots.limits(1)
+        assert {limit.user for limit in limits if not limit.first and limit.most} == served
+
+
+async def test_a_user_alone_does_not_come_after_users_who_have_the_reserve(slots: Slots) -> None:
+    for _ in range(20):
+        permit = slots.permit(relay("anna"))
+        assert permit is not None
+        slots.end(permit)
+    assert slots.limits(5) == []
 
 
 async def test_claims_for_slow_endpoints_use_up_nothing_that_may_be_claimed_ahead(
