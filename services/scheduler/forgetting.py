@@ -74,7 +74,7 @@ class _JobEvents:
         removed = 0
         for one in found:
             removed += await removing.remove_surplus_events(
-                connection, one.user_id, one.surplus, _EVENT_CHUNK // len(found)
+                connection, one.user_id, one.quota, _EVENT_CHUNK // len(found)
             )
         return removed
 

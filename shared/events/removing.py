@@ -52,7 +52,7 @@ class SurplusEvents:
     """A user with more events than its quota."""
 
     user_id: str
-    surplus: int
+    quota: int
 
 
 async def lock_counting(connection: AsyncConnection) -> int | None:
@@ -165,21 +165,20 @@ async def find_surplus(
 ) -> list[SurplusEvents]:
     """Return users with more counted events than their quota, which is `default` if not set."""
     quota = func.coalesce(UserRow.stored_events, literal(default, BigInteger))
-    surplus = (JobEventCount.n - quota).label("surplus")
     rows = await connection.execute(
-        select(JobEventCount.user_id, surplus)
+        select(JobEventCount.user_id, quota.label("quota"))
         .join(UserRow, UserRow.user_id == JobEventCount.user_id, isouter=True)
         .where(JobEventCount.n > quota)
         .order_by(JobEventCount.user_id)
         .limit(limit)
     )
-    return [SurplusEvents(row.user_id, row.surplus) for row in rows]
+    return [SurplusEvents(row.user_id, row.quota) for row in rows]
 
 
 async def remove_surplus_events(
-    connection: AsyncConnection, user_id: str, surplus: int, limit: int
+    connection: AsyncConnection, user_id: str, quota: int, limit: int
 ) -> int:
-    """Remove the oldest events of a user, at most `limit` of its surplus. Return how many."""
+    """Remove the oldest events of a user above its quota, at most `limit`. Return how many."""
     counted = await lock_counting(connection)
     if counted is None:
         return 0
@@ -190,7 +189,10 @@ async def remove_surplus_events(
             )
         )
     ).one()
-    wanted = min(surplus, limit, present.n)
+    # Another process may have removed them since the caller found the user.
+    wanted = min(present.n - quota, limit)
+    if wanted <= 0:
+        return 0
     oldest = (
         select(JobEvent.id)
         # Not from the start of the index, which has what earlier steps have removed.

@@ -190,15 +190,19 @@ async def test_counts_stay_exact_when_old_events_are_removed_and_when_a_process_
     horizon = scheduler.value("SELECT max(id) FROM job_events")
     async with engine.connect() as connection:
         await removing.count_events(connection, horizon, 100)
-        assert await removing.remove_surplus_events(connection, "eve", 15, 7) == 7
+        assert await removing.remove_surplus_events(connection, "eve", MOST, 7) == 7
         await connection.rollback()
     assert len(ids_of(scheduler, "eve")) == 25
     # It dies between two steps: the next one continues.
-    for step in (7, 8):
+    for step in range(3):
         async with engine.begin() as connection:
             await removing.count_events(connection, horizon, 100)
             (one,) = await removing.find_surplus(connection, MOST, 10)
-            assert await removing.remove_surplus_events(connection, "eve", one.surplus, 7)
+            assert await removing.remove_surplus_events(connection, "eve", one.quota, 7)
         assert counts(scheduler) == {"eve": len(ids_of(scheduler, "eve"))}, step
+    assert len(ids_of(scheduler, "eve")) == MOST
+    # A process that has found the user before removes nothing more.
+    async with engine.begin() as connection:
+        assert not await removing.remove_surplus_events(connection, "eve", one.quota, 7)
     await forgotten(engine, scheduler)
     assert len(ids_of(scheduler, "eve")) == MOST
