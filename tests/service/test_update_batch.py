@@ -129,7 +129,13 @@ async def test_mail_is_sent_with_the_new_templates_and_times(
         batch_pb2.MailHeader(name="list-unsubscribe", value="<https://b.org/u?id={{ points }}>"),
         batch_pb2.MailHeader(name="X-Kind", value="news"),
     ]
-    answer = await update(scheduler, batch, "schedule_time", subject=new, headers=headers)
+    answer = await update(
+        scheduler, batch, "schedule_time", subject=new, headers=headers, request_id="once"
+    )
+    # What is stored for a repeated call has nothing that an erasure would have to erase.
+    data = scheduler.value("SELECT answer FROM change_requests WHERE request_id = 'once'")
+    stored = batch_pb2.Batch.FromString(data)
+    assert (len(answer.headers), len(stored.headers), stored.etag) == (2, 0, answer.etag)
     assert answer.etag != batch.etag
     assert not answer.rescheduling
     assert not answer.HasField("subject")

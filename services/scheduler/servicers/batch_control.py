@@ -13,7 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.respreading import Respreader
-from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
+from outbox_server.services.scheduler.servicers.batch_mapping import (
+    LONG_OR_PERSONAL,
+    batch_etag,
+    to_batch,
+)
 from outbox_server.services.scheduler.servicers.calls import acting_user, requested_pause_end
 from outbox_server.services.scheduler.storage import batch_changes as storage
 from outbox_server.services.scheduler.storage.batch_changes import TEXTS, LockedBatch
@@ -196,9 +200,13 @@ class BatchControl:
     ) -> Made[batch_pb2.Batch]:
         after = await self._read(connection, batch, user_id) if changed else before
         answer = to_batch(after)
-        # As in lists: the answer is stored, and the texts may be long.
+        # As in lists, because the texts may be long.
         for text in TEXTS:
             answer.ClearField(text)
+        stored = batch_pb2.Batch()
+        stored.CopyFrom(answer)
+        for name in LONG_OR_PERSONAL:
+            stored.ClearField(name)
         was, became = _audited(before), _audited(after)
         names = [name for name in was if was[name] != became[name]]
         return Made(
@@ -208,6 +216,7 @@ class BatchControl:
             before={name: was[name] for name in names},
             after={name: became[name] for name in names},
             changed=changed,
+            stored=stored,
             afterwards=afterwards,
         )
 

@@ -25,6 +25,11 @@ _MODES: Final = {
     BatchMode.PERMISSIVE: batch_pb2.BATCH_MODE_PERMISSIVE,
     BatchMode.STRICT: batch_pb2.BATCH_MODE_STRICT,
 }
+# The fields that no stored answer has: they may be long, and EraseRecipient may erase them.
+LONG_OR_PERSONAL: Final = (
+    *("subject", "body", "html", "reply_to", "headers"),
+    *("external_id", "labels"),
+)
 
 
 def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2.Batch:

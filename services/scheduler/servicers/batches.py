@@ -30,7 +30,11 @@ from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake, recipient_suppressed
 from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.batch_control import BatchControl
-from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
+from outbox_server.services.scheduler.servicers.batch_mapping import (
+    LONG_OR_PERSONAL,
+    batch_etag,
+    to_batch,
+)
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
@@ -73,10 +77,6 @@ from outbox_server.shared.states import BatchState
 _WATCHED: Final = "watched batch"
 # The rows of a cancelled batch with at most this many jobs are updated before the call returns.
 _SWEPT_IN_CALL: Final = 5_000
-_LONG_OR_PERSONAL: Final = (
-    *("subject", "body", "html", "reply_to", "headers"),
-    *("external_id", "labels"),
-)
 # Loading a head takes 0.4 s after a million cancelled rows. The caller waits no longer than this.
 _LOAD_LIMIT: Final = timedelta(seconds=1)
 
@@ -304,7 +304,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             check_etag(request.etag, batch_etag(cancelled.was, found.revision), "this batch")
             batch = to_batch(found)
             # As in lists: the answer is stored, and the texts may be long, or be erased.
-            for text in _LONG_OR_PERSONAL:
+            for text in LONG_OR_PERSONAL:
                 batch.ClearField(text)
             counts = batch.counts
 
