@@ -188,13 +188,12 @@ class WebhookDelivery:
         # Not a part of them: the message would be another one with the same id.
         removed = due.after_event < found.removed_to and len(events) < due.event_count
         if removed or not events:
-            events = []
-            result = PostResult(None, "its events were removed")
-        else:
-            async with self._poster.connection(webhook.user_id) as connection:
-                page = _Page(due.after_event, due.last_event, events[:MOST_EVENTS])
-                result = await self._post(webhook, page, await self._outcomes(events), connection)
-        wait = wait_before(due.attempts + 1, self._backoff) if events else None
+            await self._give_up(webhook, due)
+            return
+        async with self._poster.connection(webhook.user_id) as connection:
+            page = _Page(due.after_event, due.last_event, events[:MOST_EVENTS])
+            result = await self._post(webhook, page, await self._outcomes(events), connection)
+        wait = wait_before(due.attempts + 1, self._backoff)
         async with self._engine.begin() as connection:
             if not await self._end(connection, webhook, webhook.after_event, result):
                 return
@@ -204,6 +203,14 @@ class WebhookDelivery:
             await storage.fail_delivery(
                 connection, due.delivery_id, wait, result.http_status, result.error
             )
+
+    async def _give_up(self, webhook: WebhookRecord, due: DeliveryRecord) -> None:
+        """Give up a delivery whose events were removed. Its receiver has not failed: no pause."""
+        async with self._engine.begin() as connection:
+            if await storage.release(connection, webhook, after_event=webhook.after_event):
+                await storage.fail_delivery(
+                    connection, due.delivery_id, None, None, "its events were removed"
+                )
 
     async def _post_next(self, webhook: WebhookRecord, horizon: int, begun: float) -> None:
         """Post the next events, in some requests over one connection."""

@@ -152,6 +152,11 @@ async def test_the_oldest_events_above_the_quota_are_removed_and_no_reader_misse
 
         await eventually(given_up)
         assert len(other.posts) == 1
+        # That was no failure of the receiver, so nothing else waits for it.
+        failed = scheduler.rows(
+            "SELECT failures, error FROM webhooks WHERE id = %s", int(hers.webhook_id)
+        )
+        assert failed == [(1, "127.0.0.1 answered 500")]
 
 
 async def test_a_watch_that_is_too_slow_ends(scheduler: Scheduler, engine: AsyncEngine) -> None:
