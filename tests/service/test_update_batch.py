@@ -7,6 +7,7 @@ import email
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email import policy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,11 @@ async def test_mail_is_sent_with_the_new_templates_and_times(
         batch_pb2.MailHeader(name="list-unsubscribe", value="<https://b.org/u?id={{ points }}>"),
         batch_pb2.MailHeader(name="X-Kind", value="news"),
     ]
-    answer = await update(
-        scheduler, batch, "schedule_time", subject=new, headers=headers, request_id="once"
+    change = partial(
+        update, scheduler, batch, "schedule_time", subject=new, headers=headers, request_id="once"
     )
+    answer = await change()
+    assert await change() == answer
     # What is stored for a repeated call has nothing that an erasure would have to erase.
     data = scheduler.value("SELECT answer FROM change_requests WHERE request_id = 'once'")
     stored = batch_pb2.Batch.FromString(data)

@@ -141,7 +141,9 @@ class BatchControl:
             settle = partial(self._settle, batch)
             return await self._made(connection, batch, found, settle, user_id=user_id)
 
-        return await self._changes.make(request, user_id, batch_pb2.Batch, update)
+        return await self._changes.make(
+            request, user_id, batch_pb2.Batch, update, partial(_complete, user_id)
+        )
 
     async def _settle(self, batch: LockedBatch) -> None:
         await load_soon(self._loader, [batch.sender_id], limit=_LOAD_LIMIT)
@@ -169,7 +171,9 @@ class BatchControl:
                 connection, batch, found, afterwards, user_id=user_id, changed=changed
             )
 
-        return await self._changes.make(request, user_id, batch_pb2.Batch, change)
+        return await self._changes.make(
+            request, user_id, batch_pb2.Batch, change, partial(_complete, user_id)
+        )
 
     async def _lock(
         self, connection: AsyncConnection, id_in_request: str, user_id: str | None
@@ -219,6 +223,22 @@ class BatchControl:
             stored=stored,
             afterwards=afterwards,
         )
+
+
+async def _complete(
+    user_id: str | None, connection: AsyncConnection, stored: batch_pb2.Batch
+) -> batch_pb2.Batch:
+    """Return the answer of a repeated call, with the present values that are not stored with it."""
+    found = await read_batch(connection, int(stored.batch_id), user_id)
+    if found is not None:
+        present = to_batch(found)
+        # An older release has stored them.
+        for name in LONG_OR_PERSONAL:
+            stored.ClearField(name)
+        stored.reply_to, stored.external_id = present.reply_to, present.external_id
+        stored.headers.extend(present.headers)
+        stored.labels.update(present.labels)
+    return stored
 
 
 async def _nothing() -> None:
