@@ -16,6 +16,7 @@ import unicodedata
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
 from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES
 
+from outbox_server.shared.address_faults import address_fault
 from outbox_server.shared.bounds import MAX_ADDRESS
 
 _ATOM = r"[A-Za-z0-9_!#$%&'*+\-/=?^`{|}~]+"
@@ -120,8 +121,8 @@ def _check_by_library(text: str, *, special_domains: bool) -> str:
             valid = validate_email(shown, check_deliverability=False).normalized
             return valid[: -len(suffix)] + suffix
         return validate_email(text, check_deliverability=False).normalized
-    except EmailNotValidError as error:
-        raise BadAddress("ADDRESS_INVALID", f"{_show(text)}: {error}") from None
+    except EmailNotValidError:
+        raise BadAddress("ADDRESS_INVALID", f"{_show(text)} {address_fault(text)}") from None
 
 
 def _private_suffix(text: str) -> str:

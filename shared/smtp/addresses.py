@@ -7,6 +7,8 @@ from typing import Final
 
 from email_validator import EmailNotValidError, validate_email
 
+from outbox_server.shared.address_faults import address_fault
+
 # Without characters that could end the address or the command, or begin another address.
 _SAFE_ADDRESS: Final = re.compile(
     r'[^\s\x00-\x20\x7f()<>\[\]:;@\\,"]+@[^\s\x00-\x20\x7f()<>\[\]:;@\\,"]+'
@@ -27,6 +29,6 @@ def envelope_address(address: str) -> str:
         return address
     try:
         checked = validate_email(address, check_deliverability=False)
-    except EmailNotValidError as error:
-        raise ValueError(f"{address!r}: {error}") from None
+    except EmailNotValidError:
+        raise ValueError(f"{address!r} {address_fault(address)}") from None
     return checked.ascii_email or checked.normalized

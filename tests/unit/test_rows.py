@@ -87,7 +87,7 @@ def test_the_address_is_a_variable_under_any_column_name() -> None:
         ("ann@example.com", "", "RAGGED_ROW", "the row has 1 cells, not 2"),
         ("ann@example.com,Ann,x", "", "RAGGED_ROW", "the row has 3 cells, not 2"),
         (",Ann", "email", "EMAIL_MISSING", "there is no address"),
-        ("ann,Ann", "email", "ADDRESS_INVALID", "@-sign"),
+        ("ann,Ann", "email", "ADDRESS_INVALID", "must have an @"),
         ('"a@b.com, c@d.com",Ann', "email", "TWO_ADDRESSES", "more than one"),
         ('"a@b.com\nBcc: c@d.com",Ann', "email", "CONTROL_CHARACTER", "U+000A"),
     ],
