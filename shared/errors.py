@@ -6,9 +6,13 @@ Domain code raises these without knowing gRPC. `shared.rpc.errors` maps them to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
+D = TypeVar("D")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,12 @@ class Violations:
             return False
         self._found.append(error)
         return True
+
+    def value(self, check: Callable[[], T], default: D) -> T | D:
+        """Return what `check` returns; `default` if it raises an error, which is collected."""
+        with self:
+            return check()
+        return default
 
     def raise_any(self) -> None:
         """Raise the first error, with the violations of all.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from enum import IntEnum
-from typing import TypeVar
+from typing import Final, TypeVar
 
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 
 E = TypeVar("E", bound=IntEnum)
+# The enumerations that have another name in the proto.
+_PROTO_NAMES: Final = {"JobState": "EmailJobState"}
 
 
 def enum_or_none(kind: type[E], number: int | None) -> E | None:
@@ -30,9 +34,15 @@ def requested_enum(
     try:
         return enum_or_none(kind, number)
     except ValueError:
-        *others, last = (member.name for member in kind)
+        *others, last = (f"{_proto_prefix(kind)}{member.name}" for member in kind)
         description = f"must be {', '.join(others)} or {last} (got {number})"
         raise InvalidInput.field(field, description, reason=reason) from None
+
+
+def _proto_prefix(kind: type[IntEnum]) -> str:
+    """Return the prefix of the names in the proto: that of BatchMode is `BATCH_MODE_`."""
+    name = _PROTO_NAMES.get(kind.__name__, kind.__name__)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper() + "_"
 
 
 class JobState(IntEnum):
@@ -46,6 +56,23 @@ class JobState(IntEnum):
     CANCELLED = 6
     SUPPRESSED = 7
     EXPIRED = 8
+
+
+def requested_states(numbers: Iterable[int], field: str) -> frozenset[JobState]:
+    """Return the states of a request's list. One that is unset is left out.
+
+    Raises:
+        InvalidInput: some have a number that no state has; the error names each.
+    """
+    wrong = Violations()
+    states: set[JobState] = set()
+    for index, number in enumerate(numbers):
+        with wrong:
+            state = requested_enum(JobState, number, f"{field}[{index}]")
+            if state is not None:
+                states.add(state)
+    wrong.raise_any()
+    return frozenset(states)
 
 
 class HoldReason(IntEnum):

@@ -20,7 +20,7 @@ from outbox_server.services.scheduler.storage.changes import RequestKey, StoredR
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller
 from outbox_server.shared.database.audit_events import RecordedChange, record_change
-from outbox_server.shared.errors import Aborted, AlreadyExists
+from outbox_server.shared.errors import Aborted, AlreadyExists, Violations
 from outbox_server.shared.intake.addresses import folded_key
 from outbox_server.shared.secrets import SecretBox
 
@@ -242,17 +242,29 @@ class _Said:
     reason: str
 
 
-def _said(request: Message) -> _Said:
+def check_origin(request: Message) -> None:
+    """Check `request_id`, `identity` and `reason`, to report them with other wrong fields.
+
+    Raises:
+        InvalidInput: REQUEST_ID_INVALID, IDENTITY_INVALID, CHANGE_REASON_INVALID.
+    """
     given: Any = request
-    # A change that is idempotent without one has no such field.
-    request_id = getattr(given, "request_id", "")
-    if request_id:
-        bounds.REQUEST_ID.check("request_id", request_id)
-    return _Said(
-        request_id,
-        bounds.IDENTITY.check("identity", given.identity),
-        bounds.CHANGE_REASON.check("reason", given.reason),
-    )
+    wrong = Violations()
+    with wrong:
+        # A change that is idempotent without one has no such field.
+        if getattr(given, "request_id", ""):
+            bounds.REQUEST_ID.check("request_id", given.request_id)
+    with wrong:
+        bounds.IDENTITY.check("identity", given.identity)
+    with wrong:
+        bounds.CHANGE_REASON.check("reason", given.reason)
+    wrong.raise_any()
+
+
+def _said(request: Message) -> _Said:
+    check_origin(request)
+    given: Any = request
+    return _Said(getattr(given, "request_id", ""), given.identity, given.reason)
 
 
 def _replayed(earlier: StoredRequest, digest: bytes, key: RequestKey, answer: type[M]) -> M:

@@ -108,11 +108,16 @@ class BatchOptions:
 
 
 def check_options(
-    options: BatchOptions, field: str = "options", *, needs_request_id: bool = True
+    options: BatchOptions,
+    field: str = "options",
+    *,
+    needs_request_id: bool = True,
+    found: Violations | None = None,
 ) -> BatchOptions:
     """Return `options`. `field` is their path in the request.
 
-    Templates are checked when they are parsed. Only NUL characters are refused here.
+    Templates are checked when they are parsed. Only NUL characters are refused here. `found` has
+    the errors of options that could not be read; they are raised with those found here.
 
     Raises:
         InvalidInput: REQUEST_ID_REQUIRED, REQUEST_ID_INVALID, TEMPLATE_INVALID, SPACING_INVALID,
@@ -120,7 +125,7 @@ def check_options(
             SKIP_LINES_INVALID, HEADER_INVALID, TOO_MANY_HEADERS, NAME_COLUMN_INVALID,
             EXTERNAL_ID_INVALID, LABELS_INVALID, EXTERNAL_ID_COLUMN_INVALID, LABEL_COLUMNS_INVALID.
     """
-    found = Violations()
+    found = found or Violations()
     with found:
         _check_request_id(options, field, needed=needs_request_id)
     texts = {name: getattr(options, name) or "" for name in ("subject", "body", "html")}
@@ -143,8 +148,9 @@ def check_options(
         check_csv_options(options.email_column, options.skip_lines, f"{field}.")
     with found:
         check_header_names(options.headers, field)
-    with found:
-        _check_tags(options, field)
+    for check_tags in (_check_columns, _check_external_id, _check_labels, _check_label_columns):
+        with found:
+            check_tags(options, field)
     with found:
         _check_time_zone(options, field)
     found.raise_any()
@@ -242,33 +248,40 @@ def check_header_names(headers: Sequence[tuple[str, str]], field: str) -> None:
         )
 
 
-def _check_tags(options: BatchOptions, field: str) -> None:
-    """Check ids, labels and the columns of both.
+def _check_columns(options: BatchOptions, field: str) -> None:
+    found = Violations()
+    for name, limit in (
+        ("name_column", bounds.NAME_COLUMN),
+        ("external_id_column", bounds.EXTERNAL_ID_COLUMN),
+    ):
+        with found:
+            text = limit.check(f"{field}.{name}", getattr(options, name))
+            if text and not variable_name(text):
+                raise InvalidInput.field(
+                    f"{field}.{name}",
+                    f"must have a letter or a digit (got {text!r})",
+                    reason=f"{name.upper()}_INVALID",
+                )
+    found.raise_any()
 
-    Raises:
-        InvalidInput: EXTERNAL_ID_INVALID, LABELS_INVALID, NAME_COLUMN_INVALID,
-            EXTERNAL_ID_COLUMN_INVALID, LABEL_COLUMNS_INVALID.
-    """
-    bounds.NAME_COLUMN.check(f"{field}.name_column", options.name_column)
-    bounds.EXTERNAL_ID_COLUMN.check(f"{field}.external_id_column", options.external_id_column)
-    for name in ("name_column", "external_id_column"):
-        text = getattr(options, name)
-        if text and not variable_name(text):
-            raise InvalidInput.field(
-                f"{field}.{name}",
-                f"must have a letter or a digit (got {text!r})",
-                reason=f"{name.upper()}_INVALID",
-            )
+
+def _check_external_id(options: BatchOptions, field: str) -> None:
     try:
         check_external_id(options.external_id)
     except BadTag as error:
         raise InvalidInput.field(
             f"{field}.external_id", error.message, reason=error.reason
         ) from None
+
+
+def _check_labels(options: BatchOptions, field: str) -> None:
     try:
         check_labels(options.labels)
     except BadTag as error:
         raise InvalidInput.field(f"{field}.labels", error.message, reason=error.reason) from None
+
+
+def _check_label_columns(options: BatchOptions, field: str) -> None:
     reason = bounds.LABEL_COLUMN.reason
     if len(options.label_columns) > bounds.MAX_LABELS:
         raise InvalidInput.field(
@@ -309,7 +322,8 @@ def check_spread(options: BatchOptions, start: datetime | None, field: str = "op
 def under_options(error: InvalidInput, field: str = "options") -> InvalidInput:
     """Return the error of a template, with the path of the template in the request."""
     return InvalidInput(
-        f"{field}.{error.message}",
+        "; ".join(f"{field}.{one.field}: {one.description}" for one in error.violations)
+        or f"{field}.{error.message}",
         reason=error.reason,
         violations=[
             FieldViolation(f"{field}.{violation.field}", violation.description)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from outbox.v1 import batch_pb2
 
+from outbox_server.shared.errors import Violations
 from outbox_server.shared.intake.batch_options import BatchOptions, check_options
 from outbox_server.shared.intake.rows import RowRejection
 from outbox_server.shared.mail_headers import BadHeader, header_name
@@ -24,27 +25,26 @@ def from_options(options: batch_pb2.BatchOptions, *, validate_only: bool = False
         InvalidInput: an option is wrong.
         NotFound: SENDER_NOT_FOUND: the sender's id is not a number.
     """
-    spacing = whole_ms(options.spacing, "options.spacing") if options.HasField("spacing") else 0
-    expire_after = (
-        whole_ms(options.expire_after, "options.expire_after")
-        if options.HasField("expire_after")
-        else None
+    found = Violations()
+    sender_id = found.value(lambda: parse_id(options.sender_id, "options.sender_id"), 0)
+    duplicates = found.value(
+        lambda: requested_enum(DuplicatePolicy, options.duplicates, "options.duplicates"), None
     )
+    mode = found.value(lambda: requested_enum(BatchMode, options.mode, "options.mode"), None)
     return check_options(
         BatchOptions(
             request_id=options.request_id,
-            sender_id=parse_id(options.sender_id, "options.sender_id"),
+            sender_id=sender_id,
             subject=options.subject if options.HasField("subject") else None,
             body=options.body if options.HasField("body") else None,
             html=options.html if options.HasField("html") else None,
-            schedule_time=_time(options, "schedule_time"),
-            spacing_ms=spacing,
-            duplicates=requested_enum(DuplicatePolicy, options.duplicates, "options.duplicates")
-            or DuplicatePolicy.KEEP_FIRST,
-            mode=requested_enum(BatchMode, options.mode, "options.mode") or BatchMode.PERMISSIVE,
+            schedule_time=found.value(lambda: _time(options, "schedule_time"), None),
+            spacing_ms=found.value(lambda: _ms(options, "spacing"), None) or 0,
+            duplicates=duplicates or DuplicatePolicy.KEEP_FIRST,
+            mode=mode or BatchMode.PERMISSIVE,
             time_zone=options.time_zone or "UTC",
-            expire_after_ms=expire_after,
-            spread_until=_time(options, "spread_until"),
+            expire_after_ms=found.value(lambda: _ms(options, "expire_after"), None),
+            spread_until=found.value(lambda: _time(options, "spread_until"), None),
             email_column=options.email_column,
             skip_lines=options.skip_lines,
             # An empty one means none, as in JSON.
@@ -57,6 +57,7 @@ def from_options(options: batch_pb2.BatchOptions, *, validate_only: bool = False
             label_columns=tuple(options.label_columns),
         ),
         needs_request_id=not validate_only,
+        found=found,
     )
 
 
@@ -79,6 +80,12 @@ def _time(
     if not options.HasField(name):
         return None
     return from_timestamp(getattr(options, name), f"options.{name}")
+
+
+def _ms(options: batch_pb2.BatchOptions, name: Literal["spacing", "expire_after"]) -> int | None:
+    if not options.HasField(name):
+        return None
+    return whole_ms(getattr(options, name), f"options.{name}")
 
 
 def to_rejections(rejections: Iterable[RowRejection]) -> list[batch_pb2.Rejection]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from outbox_server.shared.errors import Violations
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.page_tokens import Position
 
@@ -72,7 +73,11 @@ def requested_page(
         InvalidInput: PAGE_SIZE_INVALID; PAGE_TOKEN_INVALID: the token is not of this list with
             these filters.
     """
-    size = page_tokens.page_size(request.page_size)
+    wrong = Violations()
+    size = wrong.value(lambda: page_tokens.page_size(request.page_size), 0)
     digest = page_tokens.digest_filters(*filters)
-    after = page_tokens.decode(request.page_token, kind, digest, start, largest=largest)
+    after = wrong.value(
+        lambda: page_tokens.decode(request.page_token, kind, digest, start, largest=largest), start
+    )
+    wrong.raise_any()
     return Page(kind, digest, size, after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import Final, TypeVar
 from cachetools import LRUCache
 from prometheus_client import CollectorRegistry
 
-from outbox_server.shared.errors import InvalidInput, ResourceExhausted, Unavailable
+from outbox_server.shared.errors import InvalidInput, ResourceExhausted, Unavailable, Violations
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.batch import BatchTemplate, check_sizes, longest_of
 from outbox_server.shared.templates.checking import RowFailure
@@ -135,6 +136,7 @@ class TemplateParser:
         spent = 0.0
         texts = check_sizes(subject, body, html)
         summaries: dict[str, object] = {}
+        wrong = Violations()
         for field, text in (texts | head.sources()).items():
             plain = None if text is None else plain_source(field, text)
             if text is None or plain is not None:
@@ -142,14 +144,25 @@ class TemplateParser:
             elif (kept := self._summaries.get((field, text, longest))) is not None:
                 summaries[field] = kept[0]
             else:
-                summaries[field], cpu = await self.run(
-                    user, field, "parse", field, text, longest, decode=_anything
-                )
+                began = time.monotonic()
+                try:
+                    summaries[field], cpu = await self.run(
+                        user, field, "parse", field, text, longest, decode=_anything
+                    )
+                except InvalidInput as error:
+                    # The other templates are tried too, while there is time.
+                    spent += time.monotonic() - began
+                    with wrong:
+                        raise
+                    if error.reason != "TEMPLATE_INVALID" or spent > self._budget:
+                        break
+                    continue
                 spent += cpu
                 self._keep(field, text, longest, summaries[field])
                 # A dispatcher parses all of them for its first mail.
                 if spent > self._budget:
                     raise too_costly(field, "and those before it need too much processor time")
+        wrong.raise_any()
         # A long template may have 50,000 insertions.
         template = (
             _template_of(summaries, head)

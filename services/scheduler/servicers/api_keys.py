@@ -9,13 +9,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import api_key_pb2, api_key_service_pb2, api_key_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made
+from outbox_server.services.scheduler.changes import Changes, Made, check_origin
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user
 from outbox_server.shared import bounds
 from outbox_server.shared.auth import store
 from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, make_key
 from outbox_server.shared.database.ownership import bind_call
-from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, to_timestamp
 
@@ -38,9 +38,16 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
     ) -> api_key_service_pb2.CreateApiKeyResponse:
         """Create a key, and return its secret."""
         asked = request.api_key
-        kind, user_id = _kind_of(asked)
-        name = bounds.DISPLAY_NAME.check("api_key.display_name", asked.display_name)
-        expires_at = _expiry_of(asked)
+        wrong = Violations()
+        unknown: tuple[ApiKeyKind, str | None] = (ApiKeyKind.USER, None)
+        kind, user_id = wrong.value(lambda: _kind_of(asked), unknown)
+        name = wrong.value(
+            lambda: bounds.DISPLAY_NAME.check("api_key.display_name", asked.display_name), ""
+        )
+        expires_at = wrong.value(lambda: _expiry_of(asked), None)
+        with wrong:
+            check_origin(request)
+        wrong.raise_any()
         new = make_key()
         created = False
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from outbox.v1 import batch_pb2, batch_service_pb2
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_etag
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag, check_origin
 from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.respreading import Respreader
 from outbox_server.services.scheduler.servicers.batch_mapping import (
@@ -18,7 +18,11 @@ from outbox_server.services.scheduler.servicers.batch_mapping import (
     batch_etag,
     to_batch,
 )
-from outbox_server.services.scheduler.servicers.calls import acting_user, requested_pause_end
+from outbox_server.services.scheduler.servicers.calls import (
+    acting_user,
+    check_mask,
+    requested_pause_end,
+)
 from outbox_server.services.scheduler.storage import batch_changes as storage
 from outbox_server.services.scheduler.storage.batch_changes import TEXTS, LockedBatch
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_batch
@@ -26,7 +30,7 @@ from outbox_server.services.scheduler.storage.respreading import begin_respread,
 from outbox_server.services.scheduler.storage.unsent_rows import read_templates
 from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import Aborted, FailedPrecondition, InvalidInput
+from outbox_server.shared.errors import Aborted, FailedPrecondition, InvalidInput, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.option_mapping import from_headers
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, whole_ms
@@ -86,7 +90,12 @@ class BatchControl:
         """Change templates, headers, start time and spacing of the unsent mail of a batch."""
         user_id = acting_user(request.user_id)
         batch_id = parse_id(request.batch.batch_id, "batch.batch_id")
-        values = _values(request.batch, _masked(request))
+        wrong = Violations()
+        names = wrong.value(lambda: _masked(request), ())
+        values = wrong.value(lambda: _values(request.batch, names), dict[str, Any]())
+        with wrong:
+            check_origin(request)
+        wrong.raise_any()
         new: dict[str, str | None] = {name: values[name] for name in TEXTS if name in values}
         for _ in range(_TRIES):
             async with self._engine.connect() as connection:
@@ -275,32 +284,29 @@ def _masked(request: batch_service_pb2.UpdateBatchRequest) -> Sequence[str]:
     if not paths:
         given = [name for name in (*TEXTS, *_TIMES) if request.batch.HasField(name)]
         return [*given, "headers"] if request.batch.headers else given
-    for path in paths:
-        if path not in _CHANGEABLE:
-            raise InvalidInput.field(
-                "update_mask",
-                f"{path[:80]!r} cannot be changed here; use {', '.join(_CHANGEABLE)}",
-                reason="UPDATE_MASK_INVALID",
-            )
+    check_mask(paths, _CHANGEABLE, lambda _: f"use {', '.join(_CHANGEABLE)}")
     return paths
 
 
 def _values(batch: batch_pb2.Batch, names: Sequence[str]) -> dict[str, Any]:
     """Return the new values. None: a text that the rows have themselves, or the present time."""
     values: dict[str, Any] = {}
+    wrong = Violations()
     for name in names:
         if name == "headers":
             values[name] = from_headers(batch.headers)
             continue
         given = batch.HasField(name)  # type: ignore[arg-type]  # name is a field
-        if name == "schedule_time":
-            values[name] = (
-                from_timestamp(batch.schedule_time, "batch.schedule_time") if given else None
-            )
-        elif name == "spacing":
-            values[name] = _spacing(batch) if given else 0
-        else:
-            values[name] = getattr(batch, name) if given else None
+        with wrong:
+            if name == "schedule_time":
+                values[name] = (
+                    from_timestamp(batch.schedule_time, "batch.schedule_time") if given else None
+                )
+            elif name == "spacing":
+                values[name] = _spacing(batch) if given else 0
+            else:
+                values[name] = getattr(batch, name) if given else None
+    wrong.raise_any()
     return values
 
 

@@ -17,14 +17,11 @@ from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.filters.fields import (
     FieldTest,
     both,
-    check_filter,
     required_value,
 )
-from outbox_server.services.scheduler.filters.grammar import parse_filter
 from outbox_server.services.scheduler.filters.resources import (
     BATCH_FIELDS,
     BATCH_ORDERS,
-    check_order,
 )
 from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake, recipient_suppressed
@@ -39,6 +36,7 @@ from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
     check_file_type,
+    checked_list,
     errors_name,
     listed_user,
 )
@@ -55,7 +53,7 @@ from outbox_server.services.scheduler.storage.email_jobs import find_only_job
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
 from outbox_server.shared.database.engine import snapshot
-from outbox_server.shared.errors import InvalidInput, Unavailable
+from outbox_server.shared.errors import InvalidInput, Unavailable, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
@@ -243,8 +241,9 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ListBatchesResponse:
         """Return one page of batches."""
-        tree = check_filter(parse_filter(request.filter), BATCH_FIELDS)
-        _, descending = check_order(request.order_by, BATCH_ORDERS)
+        wrong = Violations()
+        tree, descending = checked_list(request, BATCH_FIELDS, BATCH_ORDERS, wrong)
+        wrong.raise_any()
         if request.sender_id:
             sender_id = parse_id(request.sender_id, "sender_id")
             tree = both(tree, FieldTest("sender_id", "=", sender_id))

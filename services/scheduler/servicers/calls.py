@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
 from outbox.v1 import batch_service_pb2, sender_service_pb2
 
+from outbox_server.services.scheduler.filters.fields import Filter, FilterField, check_filter
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import check_order
 from outbox_server.shared.callers import (
     CallerKind,
     current_caller,
     effective_user,
     require_user,
 )
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
+from outbox_server.shared.rpc import page_tokens
+from outbox_server.shared.rpc.paging import ListRequest
 from outbox_server.shared.rpc.proto_mapping import from_timestamp
 
 # In quotes, because grpcio's class is generic only in its stubs.
@@ -91,6 +96,45 @@ def check_file_type(content_type: str) -> None:
             "curl sends a file as it is with --data-binary @people.csv",
             reason="FILE_TYPE_INVALID",
         )
+
+
+class FilteredList(ListRequest, Protocol):
+    """The fields of a request for a list that has a filter and an order."""
+
+    filter: str
+    order_by: str
+
+
+def checked_list(
+    request: FilteredList,
+    fields: Mapping[str, FilterField],
+    orders: Sequence[str],
+    wrong: Violations,
+) -> tuple[Filter | None, bool]:
+    """Return the filter of a list, and whether it is descending. Errors are added to `wrong`."""
+    tree = wrong.value(lambda: check_filter(parse_filter(request.filter), fields), None)
+    _, descending = wrong.value(lambda: check_order(request.order_by, orders), ("", False))
+    with wrong:
+        page_tokens.page_size(request.page_size)
+    return tree, descending
+
+
+def check_mask(paths: Iterable[str], known: Container[str], hint: Callable[[str], str]) -> None:
+    """Check that all paths of an `update_mask` are `known`. `hint` says what to use instead.
+
+    Raises:
+        InvalidInput: UPDATE_MASK_INVALID, with each path that is not known.
+    """
+    wrong = Violations()
+    for path in dict.fromkeys(paths):
+        with wrong:
+            if path not in known:
+                raise InvalidInput.field(
+                    "update_mask",
+                    f"{path[:80]!r} cannot be changed here; {hint(path)}",
+                    reason="UPDATE_MASK_INVALID",
+                )
+    wrong.raise_any()
 
 
 def requested_pause_end(

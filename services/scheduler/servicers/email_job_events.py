@@ -22,7 +22,7 @@ from outbox_server.shared.events.watching import EventFilter, EventWatch, expire
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.states import JobState, requested_enum
+from outbox_server.shared.states import requested_states
 
 _WATCHED: Final = "events of jobs"
 # The id of the event, and Unix ms.
@@ -90,15 +90,12 @@ class EmailJobEventServicer(email_job_event_service_pb2_grpc.EmailJobEventServic
 def _filter(
     request: email_job_event_service_pb2.WatchEmailJobsRequest, user_id: str
 ) -> EventFilter:
-    states = (
-        requested_enum(JobState, number, f"states[{index}]")
-        for index, number in enumerate(request.states)
-    )
+    states = requested_states(request.states, "states")
     return EventFilter(
         user_id,
         parse_id(request.sender_id, "sender_id") if request.sender_id else None,
         parse_id(request.batch_id, "batch_id") if request.batch_id else None,
-        frozenset(state for state in states if state is not None),
+        states,
     )
 
 

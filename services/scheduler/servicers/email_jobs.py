@@ -419,7 +419,7 @@ def _failed(
     if not (request.batch_id or request.sender_id or request.email_job_ids):
         raise InvalidInput.field(
             "batch_id",
-            "one of `batch_id`, `sender_id` and `email_job_ids` must be set",
+            "one of `filter`, `batch_id`, `sender_id` and `email_job_ids` must be set",
             reason="FILTER_REQUIRED",
         )
     if len(request.email_job_ids) > bounds.MAX_RETRIED_IDS:

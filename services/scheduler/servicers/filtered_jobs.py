@@ -27,7 +27,7 @@ from outbox_server.services.scheduler.servicers.calls import acting_user, listed
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.job_sets import NewTime
 from outbox_server.shared.bounds import MAX_EXPIRE_AFTER
-from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import from_duration, from_timestamp, parse_id
 from outbox_server.shared.states import JobState, requested_enum
@@ -58,13 +58,17 @@ def listed_jobs(request: email_job_service_pb2.ListEmailJobsRequest) -> JobFilte
     Raises:
         InvalidInput: FILTER_INVALID, ORDER_BY_INVALID, USER_ID_REQUIRED, and others.
     """
-    tree = job_tree(request)
-    state = requested_enum(JobState, request.state, "state")
+    wrong = Violations()
+    tree = wrong.value(lambda: job_tree(request), None)
+    state = wrong.value(lambda: requested_enum(JobState, request.state, "state"), None)
     if state is not None:
         tree = both(tree, FieldTest("state", "=", int(state)))
     if request.recipient:
         tree = both(tree, FieldTest("recipient", "=", stored_address(request.recipient)))
-    field, descending = check_order(request.order_by, JOB_ORDERS)
+    field, descending = wrong.value(lambda: check_order(request.order_by, JOB_ORDERS), ("", False))
+    with wrong:
+        page_tokens.page_size(request.page_size)
+    wrong.raise_any()
     by_due_time = field == "schedule_time"
     if by_due_time:
         _check_due_order(tree)

@@ -16,24 +16,30 @@ from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler import senders
-from outbox_server.services.scheduler.changes import Changes, Made, check_etag, differences
+from outbox_server.services.scheduler.changes import (
+    Changes,
+    Made,
+    check_etag,
+    check_origin,
+    differences,
+)
 from outbox_server.services.scheduler.effective_limits import (
     OwnLimits,
     UserOverrides,
     effective_limits,
 )
-from outbox_server.services.scheduler.filters.fields import FieldTest, both, check_filter
-from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.fields import FieldTest, both
 from outbox_server.services.scheduler.filters.resources import (
     SENDER_FIELDS,
     SENDER_ORDERS,
-    check_order,
 )
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
 from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
+    check_mask,
+    checked_list,
     named_user,
     requested_pause_end,
 )
@@ -121,7 +127,11 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     ) -> sender_pb2.Sender:
         """Create a sender."""
         user_id = named_user(request.user_id)
-        values = self._values(request.sender, self._columns)
+        wrong = Violations()
+        values = wrong.value(lambda: self._values(request.sender, self._columns), dict[str, Any]())
+        with wrong:
+            check_origin(request)
+        wrong.raise_any()
 
         async def create(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
             await lock_and_check_senders(connection, user_id, self._quotas)
@@ -181,9 +191,10 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     ) -> sender_service_pb2.ListSendersResponse:
         """Return one page of a user's senders."""
         user_id = named_user(request.user_id)
-        tree = check_filter(parse_filter(request.filter), SENDER_FIELDS)
-        _, descending = check_order(request.order_by, SENDER_ORDERS)
-        state = requested_enum(SenderState, request.state, "state")
+        wrong = Violations()
+        tree, descending = checked_list(request, SENDER_FIELDS, SENDER_ORDERS, wrong)
+        state = wrong.value(lambda: requested_enum(SenderState, request.state, "state"), None)
+        wrong.raise_any()
         if state is not None:
             tree = both(tree, FieldTest("state", "=", int(state)))
         page = requested_page(
@@ -214,8 +225,12 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         asked = request.sender
         sender_id = parse_id(asked.sender_id, "sender.sender_id")
         mask = request.update_mask if request.HasField("update_mask") else None
-        fields = tuple(self._masked(asked, mask))
-        values = self._values(asked, fields)
+        wrong = Violations()
+        fields = wrong.value(lambda: tuple(self._masked(asked, mask)), ())
+        values = wrong.value(lambda: self._values(asked, fields), dict[str, Any]())
+        with wrong:
+            check_origin(request)
+        wrong.raise_any()
 
         async def update(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
             before = await self._locked(connection, asked.sender_id, user_id, asked.etag)
@@ -421,16 +436,13 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             ]
         if list(mask.paths) == ["*"]:
             return self._columns
-        for path in mask.paths:
-            if path not in self._columns:
-                raise InvalidInput.field(
-                    "update_mask",
-                    f"{path[:80]!r} cannot be changed here; "
-                    + _UNCHANGEABLE.get(
-                        path, f"use {', '.join(self._columns)}, or * for all of them"
-                    ),
-                    reason="UPDATE_MASK_INVALID",
-                )
+        check_mask(
+            mask.paths,
+            self._columns,
+            lambda path: _UNCHANGEABLE.get(
+                path, f"use {', '.join(self._columns)}, or * for all of them"
+            ),
+        )
         return dict.fromkeys(mask.paths)
 
     def _values(self, sender: sender_pb2.Sender, fields: Iterable[str]) -> dict[str, Any]:

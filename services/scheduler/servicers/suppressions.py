@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -11,19 +11,19 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_etag
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag, check_origin
 from outbox_server.services.scheduler.erasing import erase_recipient, forget_changes
 from outbox_server.services.scheduler.filters.fields import check_filter
 from outbox_server.services.scheduler.filters.grammar import parse_filter
 from outbox_server.services.scheduler.filters.resources import (
     SUPPRESSION_FIELDS,
     SUPPRESSION_ORDERS,
-    check_order,
 )
 from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     check_file_type,
+    checked_list,
     errors_name,
     named_user,
 )
@@ -38,7 +38,7 @@ from outbox_server.services.scheduler.suppression_imports import (
 )
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant
-from outbox_server.shared.errors import InvalidInput, NotFound, ResourceExhausted
+from outbox_server.shared.errors import InvalidInput, NotFound, ResourceExhausted, Violations
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.intake.addresses import BadAddress, check_address
@@ -51,6 +51,7 @@ from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from outbox_server.shared.user_quotas import UserQuotas
 
 _MAX_SHOWN: Final = 80
+_OPTION: Final = "options.email_column"
 _EXPORT: Final = "exported suppressions"
 _EXPORTED_AT_ONCE: Final = 1_000
 
@@ -91,8 +92,14 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         """Suppress an address, and end the waiting jobs to it."""
         user_id = named_user(request.user_id)
         asked = request.suppression
-        address = check_sender_address("suppression.email", asked.email)
-        reason = bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason)
+        wrong = Violations()
+        address = wrong.value(lambda: check_sender_address("suppression.email", asked.email), "")
+        reason = wrong.value(
+            lambda: bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason), ""
+        )
+        with wrong:
+            check_origin(request)
+        wrong.raise_any()
 
         async def create(connection: AsyncConnection) -> Made[suppression_pb2.Suppression]:
             created, part = await storage.insert_suppression(
@@ -207,9 +214,10 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         user_id = named_user(first.user_id)
         options = _import_options(first)
         answer = suppression_service_pb2.ImportSuppressionsResponse()
-        async with aclosing(self._imports.blocks(parts, options)) as blocks:
-            async for block in blocks:
-                await self._store(first, user_id, block, answer)
+        with _own_fields():
+            async with aclosing(self._imports.blocks(parts, options)) as blocks:
+                async for block in blocks:
+                    await self._store(first, user_id, block, answer)
         return answer
 
     async def _store(
@@ -295,8 +303,9 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
     ) -> suppression_service_pb2.ListSuppressionsResponse:
         """Return one page of a user's suppressions."""
         user_id = named_user(request.user_id)
-        tree = check_filter(parse_filter(request.filter), SUPPRESSION_FIELDS)
-        _, descending = check_order(request.order_by, SUPPRESSION_ORDERS)
+        wrong = Violations()
+        tree, descending = checked_list(request, SUPPRESSION_FIELDS, SUPPRESSION_ORDERS, wrong)
+        wrong.raise_any()
         filters = (request.filter, request.order_by)
         page = requested_page(request, "suppressions", user_id, *filters, start=("",))
         async with self._engine.connect() as connection:
@@ -351,9 +360,30 @@ def _import_options(first: _ImportRequest) -> ImportOptions:
     Raises:
         InvalidInput: SUPPRESSION_REASON_INVALID, EMAIL_COLUMN_INVALID, SKIP_LINES_INVALID.
     """
-    bounds.SUPPRESSION_REASON.check("suppression_reason", first.suppression_reason)
-    check_csv_options(first.email_column, first.skip_lines)
+    wrong = Violations()
+    with wrong:
+        bounds.SUPPRESSION_REASON.check("suppression_reason", first.suppression_reason)
+    with wrong:
+        check_csv_options(first.email_column, first.skip_lines)
+    with wrong:
+        check_origin(first)
+    wrong.raise_any()
     return ImportOptions(first.suppression_reason, first.email_column, first.skip_lines)
+
+
+@contextmanager
+def _own_fields() -> Iterator[None]:
+    """Name the fields of an import in errors that name those of the options of a batch."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.violations or _OPTION not in error.message:
+            raise
+        raise InvalidInput(
+            error.message.replace(_OPTION, "email_column"),
+            reason=error.reason,
+            metadata=error.metadata,
+        ) from None
 
 
 def _stopped(

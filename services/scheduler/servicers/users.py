@@ -10,12 +10,12 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, differences
-from outbox_server.services.scheduler.servicers.calls import Context
+from outbox_server.services.scheduler.changes import Changes, Made, check_origin, differences
+from outbox_server.services.scheduler.servicers.calls import Context, check_mask
 from outbox_server.services.scheduler.storage import users as storage
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller, require_user
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_user_soon
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.quotas.storage import UserUsage, read_usage
@@ -85,13 +85,18 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
         user_id = require_user(current_caller(), user.user_id)
         mask = request.update_mask if request.HasField("update_mask") else None
         values: dict[str, Any] = {}
-        for path in _paths(user, mask):
-            if path == _DOMAINS:
-                values[_DOMAINS] = _checked_domains(user.sender_domains)
-            elif path in _LIMIT_PATHS:
-                values[_LIMIT_PATHS[path]] = _checked_limit(user.limits, path)
-            else:
-                values[_QUOTA_PATHS[path]] = _checked_quota(user.quotas, _QUOTA_PATHS[path])
+        wrong = Violations()
+        for path in wrong.value(lambda: _paths(user, mask), ()):
+            with wrong:
+                if path == _DOMAINS:
+                    values[_DOMAINS] = _checked_domains(user.sender_domains)
+                elif path in _LIMIT_PATHS:
+                    values[_LIMIT_PATHS[path]] = _checked_limit(user.limits, path)
+                else:
+                    values[_QUOTA_PATHS[path]] = _checked_quota(user.quotas, _QUOTA_PATHS[path])
+        with wrong:
+            check_origin(request)
+        wrong.raise_any()
 
         async def update(connection: AsyncConnection) -> Made[user_pb2.User]:
             before = await storage.read_user(connection, user_id)
@@ -167,12 +172,20 @@ def _audited(record: storage.UserRecord) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+_USABLE: Final = (
+    f"use {_DOMAINS}, quotas, limits, one of these such as quotas.senders or limits.min_gap, or * "
+    "for all of them"
+)
+
+
 def _paths(user: user_pb2.User, mask: FieldMask | None) -> Iterable[str]:
     """Return the fields to change: the fields of the mask or, without a mask, all that are set."""
     if mask is None or not mask.paths:
         given = [path for path, name in _QUOTA_PATHS.items() if _is_set(user.quotas, name)]
         given += [path for path in _LIMIT_PATHS if _is_set(user.limits, _field_of(path))]
         return [*given, _DOMAINS] if user.sender_domains else given
+    known = ("*", _DOMAINS, *_GROUPS, *_QUOTA_PATHS, *_LIMIT_PATHS)
+    check_mask(mask.paths, known, lambda _: _USABLE)
     paths: dict[str, None] = {}
     for path in mask.paths:
         for group, members in _GROUPS.items():
@@ -180,15 +193,8 @@ def _paths(user: user_pb2.User, mask: FieldMask | None) -> Iterable[str]:
                 paths.update(dict.fromkeys(members))
         if path in ("*", _DOMAINS):
             paths[_DOMAINS] = None
-        elif path in _QUOTA_PATHS or path in _LIMIT_PATHS:
-            paths[path] = None
         elif path not in _GROUPS:
-            raise InvalidInput.field(
-                "update_mask",
-                f"{path[:80]!r} cannot be changed; use {_DOMAINS}, quotas, limits, one of these "
-                "such as quotas.senders or limits.min_gap, or * for all of them",
-                reason="UPDATE_MASK_INVALID",
-            )
+            paths[path] = None
     return paths
 
 
@@ -241,10 +247,14 @@ def _checked_quota(quotas: user_pb2.UserQuotas, name: str) -> int | None:
 
 def _checked_domains(given: Iterable[str]) -> list[str]:
     domains: dict[str, None] = {}
+    wrong = Violations()
     for number, text in enumerate(given):
         field = f"user.sender_domains[{number}]"
-        try:
-            domains[normalise_domain(text)] = None
-        except ValueError as error:
-            raise InvalidInput.field(field, str(error), reason="SENDER_DOMAIN_INVALID") from None
+        with wrong:
+            try:
+                domains[normalise_domain(text)] = None
+            except ValueError as error:
+                reason = "SENDER_DOMAIN_INVALID"
+                raise InvalidInput.field(field, str(error), reason=reason) from None
+    wrong.raise_any()
     return list(domains)

@@ -11,15 +11,26 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import email_job_pb2, webhook_pb2, webhook_service_pb2, webhook_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_etag, differences
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.changes import (
+    Changes,
+    Made,
+    check_etag,
+    check_origin,
+    differences,
+)
+from outbox_server.services.scheduler.servicers.calls import (
+    Context,
+    acting_user,
+    check_mask,
+    named_user,
+)
 from outbox_server.services.scheduler.storage import webhooks as storage
 from outbox_server.services.scheduler.storage.senders import read_sender
 from outbox_server.services.scheduler.storage.webhooks import DeliveryRecord, WebhookRecord
 from outbox_server.services.scheduler.webhook_posts import WebhookMessage, WebhookPoster
 from outbox_server.services.scheduler.webhooks import message_id, new_secret
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.rpc.paging import requested_page
@@ -32,7 +43,7 @@ from outbox_server.shared.rpc.proto_mapping import (
 )
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import format_duration
-from outbox_server.shared.states import JobState, requested_enum
+from outbox_server.shared.states import requested_states
 from outbox_server.shared.user_quotas import UserQuotas
 
 _FIELDS: Final = ("url", "states", "disabled")
@@ -76,12 +87,16 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         user_id = named_user(request.user_id)
         asked = request.webhook
         sender_id = parse_id(asked.sender_id, "webhook.sender_id") if asked.sender_id else None
+        wrong = Violations()
         values = {
-            "url": self._poster.check_url("webhook.url", asked.url),
-            "states": _states(asked),
+            "url": wrong.value(lambda: self._poster.check_url("webhook.url", asked.url), ""),
+            "states": wrong.value(lambda: _states(asked), list[int]()),
             "disabled": asked.disabled,
             "sender_id": sender_id,
         }
+        with wrong:
+            check_origin(request)
+        wrong.raise_any()
 
         async def create(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
             if sender_id and await read_sender(connection, sender_id, user_id) is None:
@@ -291,14 +306,17 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
     def _values(self, request: webhook_service_pb2.UpdateWebhookRequest) -> dict[str, Any]:
         asked = request.webhook
         values: dict[str, Any] = {}
-        for name in _masked(request):
-            match name:
-                case "url":
-                    values[name] = self._poster.check_url("webhook.url", asked.url)
-                case "states":
-                    values[name] = _states(asked)
-                case "disabled":
-                    values[name] = asked.disabled
+        wrong = Violations()
+        for name in wrong.value(lambda: tuple(_masked(request)), ()):
+            with wrong:
+                match name:
+                    case "url":
+                        values[name] = self._poster.check_url("webhook.url", asked.url)
+                    case "states":
+                        values[name] = _states(asked)
+                    case "disabled":
+                        values[name] = asked.disabled
+        wrong.raise_any()
         return values
 
     async def _found(
@@ -359,17 +377,12 @@ def _masked(request: webhook_service_pb2.UpdateWebhookRequest) -> Iterator[str]:
     if not paths:
         yield from (name for name in _FIELDS if getattr(request.webhook, name))
         return
+    check_mask(paths, ("*", *_FIELDS), lambda _: f"use {', '.join(_FIELDS)}, or * for all of them")
     for path in paths:
         if path == "*":
             yield from _FIELDS
-        elif path in _FIELDS:
-            yield path
         else:
-            raise InvalidInput.field(
-                "update_mask",
-                f"must name {', '.join(_FIELDS)} or * (got {path[:80]!r})",
-                reason="UPDATE_MASK_INVALID",
-            )
+            yield path
 
 
 def _old_secret_duration(request: webhook_service_pb2.RotateWebhookSecretRequest) -> timedelta:
@@ -393,11 +406,7 @@ def _old_secret_duration(request: webhook_service_pb2.RotateWebhookSecretRequest
 
 
 def _states(asked: webhook_pb2.Webhook) -> list[int]:
-    states = (
-        requested_enum(JobState, number, f"webhook.states[{index}]")
-        for index, number in enumerate(asked.states)
-    )
-    return sorted({int(state) for state in states if state is not None})
+    return sorted(map(int, requested_states(asked.states, "webhook.states")))
 
 
 def _made(
