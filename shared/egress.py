@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import os
 import socket
+import ssl
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
@@ -60,6 +61,9 @@ _REFUSED_V6: Final = tuple(
     )
 )
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+
+# How many causes of an error are looked at.
+_MOST_CAUSES: Final = 8
 
 
 class EgressRefused(OSError):
@@ -170,7 +174,14 @@ class Egress:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """Return why a connection failed, without the address that an operating system's text has."""
+    """Return why a connection failed.
+
+    The address that an operating system's text has is left out, and so is OpenSSL's notation.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason.replace('_', ' ').lower()}" if error.reason else "no TLS"
     if isinstance(error, socket.gaierror):
         return "its name cannot be resolved"
     if isinstance(error, OSError) and error.errno is not None:
@@ -225,3 +236,13 @@ def _network(entry: str, setting: str) -> _Network | None:
 
 def _folded(host: str) -> str:
     return host.rstrip(".").casefold()
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an error of a library for HTTP; for one of TLS, as `reason_of` does."""
+    cause: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if isinstance(cause, ssl.SSLError):
+            return reason_of(cause)
+        cause = cause and (cause.__cause__ or cause.__context__)
+    return str(error)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpcore
 
 from outbox_server.services.scheduler.webhooks import check_url, sign
-from outbox_server.shared.egress import Egress, EgressRefused
+from outbox_server.shared.egress import Egress, EgressRefused, text_of
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.permitted_network import NoConnection, PermittedNetwork
 from outbox_server.shared.settings import Settings
@@ -142,7 +142,7 @@ class WebhookConnection:
         except httpcore.ProtocolError:
             return PostResult(None, f"{host} does not speak HTTP")
         except (OSError, httpcore.NetworkError, ssl.SSLError) as error:
-            said = str(error) or type(error).__name__
+            said = text_of(error) or type(error).__name__
             # A NoConnection names the host itself.
             where = "" if isinstance(error, NoConnection) else f"no connection to {host}: "
             return PostResult(None, f"{where}{said}"[:_MAX_ERROR])

@@ -11,7 +11,7 @@ from urllib.parse import quote_plus, urlencode, urlsplit
 
 import httpcore
 
-from outbox_server.shared.egress import Egress, EgressRefused
+from outbox_server.shared.egress import Egress, EgressRefused, text_of
 from outbox_server.shared.oauth2.token_answers import (
     Failure,
     Grant,
@@ -96,7 +96,7 @@ class TokenClient:
             # may quote a secret.
             return outage(f"no answer from {host}: it does not speak HTTP")
         except (OSError, httpcore.NetworkError) as error:
-            said = clean(str(error), wanted.secrets()) or type(error).__name__
+            said = clean(text_of(error), wanted.secrets()) or type(error).__name__
             return outage(f"no answer from {host}: {said}")
 
     async def _exchange(self, wanted: TokenRequest, tls: ssl.SSLContext) -> Grant | Failure:

@@ -195,13 +195,13 @@ class SmtpSession:
         except TimeoutError:
             raise TimeoutError(f"no TLS with {host} in time") from None
         except (ssl.SSLError, ConnectionError) as error:
-            raise OSError(f"no TLS with {host}: {error}") from None
+            raise OSError(f"no TLS with {host}: {reason_of(error)}") from None
 
     async def _context(self) -> ssl.SSLContext:
         try:
             return await self._tls.context_for(self._endpoint.ca)
-        except ssl.SSLError as error:
-            raise OSError(f"the endpoint's CA certificates cannot be used: {error}") from None
+        except ssl.SSLError:
+            raise OSError("the endpoint's CA certificates cannot be used") from None
 
     async def _greet(self, deadline: Deadline) -> None:
         self.phase = Phase.CONNECT

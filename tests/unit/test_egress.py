@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ssl
+
 import pytest
 
-from outbox_server.shared.egress import Egress
+from outbox_server.shared.egress import Egress, reason_of
 from outbox_server.shared.errors import ConfigurationError
 
 INSIDE = [
@@ -86,3 +88,17 @@ def test_the_operator_may_allow_networks_addresses_and_hosts() -> None:
 def test_an_invalid_allowed_entry_prevents_the_start(entry: str) -> None:
     with pytest.raises(ConfigurationError, match="OUTBOX_SMTP_ALLOW"):
         Egress([entry])
+
+
+def test_a_failure_of_tls_is_told_without_openssls_notation() -> None:
+    context = ssl.create_default_context()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    session = context.wrap_bio(incoming, outgoing, server_hostname="mail.example")
+    incoming.write(b"220 mail.example ESMTP\r\n")
+    with pytest.raises(ssl.SSLError) as caught:
+        session.do_handshake()
+    assert "_ssl.c" in str(caught.value)
+    said = reason_of(caught.value)
+    assert said.startswith("TLS failed: ")
+    assert "_ssl" not in said
+    assert "[" not in said
