@@ -10,6 +10,8 @@ from typing import Any, Final
 # Paths of fields. Only below these messages, because a host or a file may look like a path.
 _PATH: Final = re.compile(
     r"\b(?:planned_batch\.)?(?:options|batch|sender|suppression|user|webhook)(?:\.[a-z][a-z0-9_]*(?:\[\d+\])?)+"
+    # The errors of a CSV also name it without a path.
+    r"|\bemail_column\b(?!:)"
 )
 _ROW: Final = re.compile(r"\brows\[(\d+)\](?:\.(\w+))?")
 # Ids that an error names without a path.

@@ -216,7 +216,7 @@ def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id
         return requested_user_id or None
     if requested_user_id and requested_user_id != caller.user_id:
         raise PermissionDenied(
-            "the API key does not belong to the user `user_id`",
+            f"the API key does not belong to user_id {requested_user_id!r}",
             reason="USER_MISMATCH",
             metadata={"user_id": requested_user_id},
         )

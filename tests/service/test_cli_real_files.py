@@ -108,6 +108,15 @@ async def test_errors_use_the_words_of_the_command_line(scheduler: Scheduler) ->
             assert result.exit_code == 1
             assert said in " ".join(result.stderr.split())
             assert "options." not in result.stderr
+    write("people.csv", "a;b\nx;y\n")
+    for words in ((), ("--email-column", "c")):
+        result = await outbox(
+            scheduler, "suppressions", "import", "people.csv", "--user", "ann", *words
+        )
+        assert result.exit_code == 1
+        text = " ".join(result.stderr.split())
+        assert "--email-column" in text
+        assert "email_column" not in text
 
 
 async def test_a_sender_that_does_not_exist_is_named_by_its_flag(scheduler: Scheduler) -> None:

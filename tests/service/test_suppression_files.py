@@ -263,6 +263,9 @@ async def test_invalid_imports_are_refused(scheduler: Scheduler) -> None:
     ):
         refusal = await refusal_of(imported(scheduler, parts, **first))
         assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+    refusal = await refusal_of(imported(scheduler, [chunk], email_column="foo"))
+    assert refusal.violations == {"email_column": refusal.message}
+    assert "no column 'foo', which email_column names" in refusal.message
     with pytest.raises(grpc.RpcError, match="must be set in a message"):
         await scheduler.suppressions.ImportSuppressions(iter([]))
     assert scheduler.value("SELECT count(*) FROM suppressions") == 0

@@ -38,7 +38,13 @@ from outbox_server.services.scheduler.suppression_imports import (
 )
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant
-from outbox_server.shared.errors import InvalidInput, NotFound, ResourceExhausted, Violations
+from outbox_server.shared.errors import (
+    FieldViolation,
+    InvalidInput,
+    NotFound,
+    ResourceExhausted,
+    Violations,
+)
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.intake.addresses import BadAddress, check_address
@@ -214,7 +220,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         user_id = named_user(first.user_id)
         options = _import_options(first)
         answer = suppression_service_pb2.ImportSuppressionsResponse()
-        with _own_fields():
+        with _own_fields(bool(options.email_column)):
             async with aclosing(self._imports.blocks(parts, options)) as blocks:
                 async for block in blocks:
                     await self._store(first, user_id, block, answer)
@@ -372,16 +378,18 @@ def _import_options(first: _ImportRequest) -> ImportOptions:
 
 
 @contextmanager
-def _own_fields() -> Iterator[None]:
+def _own_fields(column_given: bool) -> Iterator[None]:
     """Name the fields of an import in errors that name those of the options of a batch."""
     try:
         yield
     except InvalidInput as error:
         if error.violations or _OPTION not in error.message:
             raise
+        message = error.message.replace(_OPTION, "email_column")
         raise InvalidInput(
-            error.message.replace(_OPTION, "email_column"),
+            message,
             reason=error.reason,
+            violations=[FieldViolation("email_column", message)] if column_given else [],
             metadata=error.metadata,
         ) from None
 
