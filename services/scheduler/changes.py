@@ -242,28 +242,35 @@ class _Said:
     reason: str
 
 
-def check_origin(request: Message) -> None:
+class ChangeRequest(Protocol):
+    """The fields that the requests of all changes have. Some have no `request_id`."""
+
+    identity: str
+    reason: str
+
+
+def check_origin(request: ChangeRequest) -> None:
     """Check `request_id`, `identity` and `reason`, to report them with other wrong fields.
 
     Raises:
         InvalidInput: REQUEST_ID_INVALID, IDENTITY_INVALID, CHANGE_REASON_INVALID.
     """
-    given: Any = request
+    # A change that is idempotent without one has no such field.
+    request_id = getattr(request, "request_id", "")
     wrong = Violations()
     with wrong:
-        # A change that is idempotent without one has no such field.
-        if getattr(given, "request_id", ""):
-            bounds.REQUEST_ID.check("request_id", given.request_id)
+        if request_id:
+            bounds.REQUEST_ID.check("request_id", request_id)
     with wrong:
-        bounds.IDENTITY.check("identity", given.identity)
+        bounds.IDENTITY.check("identity", request.identity)
     with wrong:
-        bounds.CHANGE_REASON.check("reason", given.reason)
+        bounds.CHANGE_REASON.check("reason", request.reason)
     wrong.raise_any()
 
 
 def _said(request: Message) -> _Said:
-    check_origin(request)
     given: Any = request
+    check_origin(given)
     return _Said(getattr(given, "request_id", ""), given.identity, given.reason)
 
 

@@ -228,18 +228,21 @@ def check_header_names(headers: Sequence[tuple[str, str]], field: str) -> None:
             reason="TOO_MANY_HEADERS",
         )
     seen: set[str] = set()
+    wrong = Violations()
     for place, (name, _) in enumerate(headers):
         path = f"{field}.headers[{place}].name"
-        bounds.HEADER_NAME.check(path, name)
-        try:
-            header_name(name)
-        except BadHeader as error:
-            raise InvalidInput.field(path, error.message, reason=error.reason) from None
-        if name.lower() in seen:
-            raise InvalidInput.field(
-                path, f"a mail can have only one {name}", reason="HEADER_INVALID"
-            )
-        seen.add(name.lower())
+        with wrong:
+            bounds.HEADER_NAME.check(path, name)
+            try:
+                header_name(name)
+            except BadHeader as error:
+                raise InvalidInput.field(path, error.message, reason=error.reason) from None
+            if name.lower() in seen:
+                raise InvalidInput.field(
+                    path, f"a mail can have only one {name}", reason="HEADER_INVALID"
+                )
+            seen.add(name.lower())
+    wrong.raise_any()
     if needs_unsubscribe([name for name, _ in headers]):
         raise InvalidInput.field(
             f"{field}.headers",

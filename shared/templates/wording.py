@@ -14,6 +14,7 @@ from liquid.exceptions import (
     ContextDepthError,
     FilterArgumentError,
     LiquidError,
+    LiquidSyntaxError,
     LocalNamespaceLimitError,
     LoopIterationLimitError,
     ResourceLimitError,
@@ -75,7 +76,8 @@ def _text_of(error: LiquidError, *, renders: bool) -> str:
     for kind, text in _LIMITS:
         if isinstance(error, kind):
             return text
-    if renders:
+    misplaced = isinstance(error, LiquidSyntaxError) and error.token is not None
+    if renders and not misplaced:
         return "the values of this row cannot be used here"
     if error.token is None:
         return "it is not a Liquid template"

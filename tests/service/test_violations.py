@@ -65,6 +65,15 @@ async def test_all_wrong_fields_of_a_list_and_of_a_suppression_are_reported(
     refused = await refusal_of(scheduler.jobs.ListEmailJobs(jobs))
     assert set(refused.violations) == {"state", "filter", "order_by", "page_size"}
 
+    moved = email_job_service_pb2.RescheduleEmailJobsRequest(
+        user_id="ann", filter="foo = 1", delay=Duration(seconds=10**13), identity="\0"
+    )
+    refused = await refusal_of(scheduler.jobs.RescheduleEmailJobs(moved))
+    assert (refused.reason, set(refused.violations)) == (
+        "FILTER_INVALID",
+        {"filter", "delay", "identity"},
+    )
+
     suppression = Suppression(email="nobody", reason="\0")
     suppress = CreateSuppressionRequest(
         user_id="ann", suppression=suppression, identity="\0", request_id="\0"

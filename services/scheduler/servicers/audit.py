@@ -17,6 +17,8 @@ from outbox_server.shared.database.audit_events import (
     RecordedChange,
     list_changes,
 )
+from outbox_server.shared.errors import Violations
+from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.page_tokens import MAX_ID
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, id_text, to_timestamp
@@ -40,12 +42,16 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         context: Context,
     ) -> audit_service_pb2.ListAuditEventsResponse:
         """Return one page of changes, the newest first."""
+        wrong = Violations()
         which = ChangeFilter(
-            user_id=acting_user(request.user_id),
+            user_id=wrong.value(lambda: acting_user(request.user_id), None),
             target=request.target or None,
-            start=_time(request, request.start_time, "start_time"),
-            end=_time(request, request.end_time, "end_time"),
+            start=wrong.value(lambda: _time(request, request.start_time, "start_time"), None),
+            end=wrong.value(lambda: _time(request, request.end_time, "end_time"), None),
         )
+        with wrong:
+            page_tokens.page_size(request.page_size)
+        wrong.raise_any()
         filters = (which.user_id, which.target, which.start, which.end)
         page = requested_page(request, "audit_events", *filters, start=_START)
         before = None if page.after == _START else (_from_us(page.after[0]), page.after[1])

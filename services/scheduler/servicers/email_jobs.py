@@ -271,7 +271,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         context: Context,
     ) -> email_job_service_pb2.RescheduleEmailJobsResponse:
         """Give the waiting jobs that match a filter another due time."""
-        which, part = changed_jobs(request, "reschedule")
+        which, part = changed_jobs(request, "reschedule", lambda: new_time(request))
         new = new_time(request)
         events = JobEvents(self._changes, request, which.user_id)
 

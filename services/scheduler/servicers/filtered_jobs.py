@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from outbox.v1 import email_job_service_pb2
 
+from outbox_server.services.scheduler.changes import ChangeRequest, check_origin
 from outbox_server.services.scheduler.filters.fields import (
     FieldTest,
     Filter,
@@ -44,7 +46,7 @@ class JobsRequest(Protocol):
     filter: str
 
 
-class JobSetRequest(JobsRequest, Protocol):
+class JobSetRequest(JobsRequest, ChangeRequest, Protocol):
     """The fields of a request that changes the jobs that match."""
 
     user_id: str
@@ -120,13 +122,22 @@ class SetPart:
         return "" if reached is None else page_tokens.encode(_PARTS, self.digest, reached)
 
 
-def changed_jobs(request: JobSetRequest, method: str) -> tuple[JobFilter, SetPart]:
+def changed_jobs(
+    request: JobSetRequest, method: str, check_more: Callable[[], object] = lambda: None
+) -> tuple[JobFilter, SetPart]:
     """Return which jobs the request changes, and where it begins.
+
+    `check_more` checks other fields, whose errors are raised with those found here.
 
     Raises:
         InvalidInput: FILTER_REQUIRED, FILTER_INVALID, PAGE_TOKEN_INVALID, USER_ID_REQUIRED.
     """
-    tree = job_tree(request)
+    wrong = Violations()
+    tree = wrong.value(lambda: job_tree(request), None)
+    for check in (check_more, lambda: check_origin(request)):
+        with wrong:
+            check()
+    wrong.raise_any()
     user_id = acting_user(request.user_id) if is_narrowed(tree) else named_user(request.user_id)
     if tree is None:
         raise InvalidInput.field(
