@@ -89,6 +89,7 @@ def test_an_empty_html_cell_means_no_html() -> None:
         ("body", "{% if x %}", "line 1, column 1"),
         ("subject", "{{ a b }}", "line 1, column 6"),
         ("body", "{% include 'x' %}", "unexpected tag 'include'"),
+        ("body", "{% break %}", "line 1, column 4: unexpected tag 'break'"),
         ("body", "{% render 'x' %}", "unexpected tag 'render'"),
         ("html", "{{ x | safe }}", "unknown filter 'safe'"),
         ("body", "{{ [column] }}", "cannot be computed"),
