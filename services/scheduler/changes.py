@@ -242,14 +242,14 @@ class _Said:
     reason: str
 
 
-class ChangeRequest(Protocol):
+class AttributedRequest(Protocol):
     """The fields that the requests of all changes have. Some have no `request_id`."""
 
     identity: str
     reason: str
 
 
-def check_origin(request: ChangeRequest) -> None:
+def check_origin(request: AttributedRequest) -> None:
     """Check `request_id`, `identity` and `reason`, to report them with other wrong fields.
 
     Raises:

@@ -58,7 +58,9 @@ def test_without_a_preset_no_field_is_filled() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"must be GMAIL or MICROSOFT365 \(got 99\)"):
+    with pytest.raises(
+        InvalidInput, match=r"must be SMTP_PRESET_GMAIL or SMTP_PRESET_MICROSOFT365 \(got 99\)"
+    ):
         provider_of("smtp.preset", 99)
 
 

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from outbox.v1 import email_job_service_pb2
 
-from outbox_server.services.scheduler.changes import ChangeRequest, check_origin
+from outbox_server.services.scheduler.changes import AttributedRequest, check_origin
 from outbox_server.services.scheduler.filters.fields import (
     FieldTest,
     Filter,
@@ -46,7 +46,7 @@ class JobsRequest(Protocol):
     filter: str
 
 
-class JobSetRequest(JobsRequest, ChangeRequest, Protocol):
+class JobSetRequest(JobsRequest, AttributedRequest, Protocol):
     """The fields of a request that changes the jobs that match."""
 
     user_id: str
