@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, SQLColumnExpression, and_, or_, select
+from sqlalchemy.orm import aliased
 
 from outbox_server.shared.database.models import (
     Attempt,
@@ -80,9 +81,9 @@ def nothing_is_held() -> ColumnElement[bool]:
 
 
 def _of_sender(sender: SQLColumnExpression[int]) -> tuple[ColumnElement[bool], ...]:
-    owner = (
-        select(Sender.user_id).where(Sender.id == sender).correlate_except(Sender).scalar_subquery()
-    )
+    # By another name, because `sender` may be the id of a sender in the statement itself.
+    row = aliased(Sender)
+    owner = select(row.user_id).where(row.id == sender).correlate_except(row).scalar_subquery()
     return (
         _any_or(HoldRelease.sender_id, HoldRelease.sender_id == sender),
         _any_or(HoldRelease.user_id, HoldRelease.user_id == owner),
