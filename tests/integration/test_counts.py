@@ -40,23 +40,30 @@ WITH jobs AS (
 INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)
 VALUES (%(sender)s, %(batch)s, date_trunc('hour', now()), 1, %(n)s)
 """
+# Of a subquery alone, a plan may read the rows again and again, and take more than its limit.
 CLAIM = """
+WITH taken AS MATERIALIZED (
+    SELECT id FROM email_jobs WHERE state = 1 ORDER BY random() LIMIT %(n)s FOR UPDATE SKIP LOCKED
+)
 UPDATE email_jobs SET state = 2, attempt = attempt + 1, lease_until = now() + interval '1 minute'
-WHERE id IN (SELECT id FROM email_jobs WHERE state = 1 ORDER BY random() LIMIT %(n)s
-             FOR UPDATE SKIP LOCKED)
+WHERE id IN (SELECT id FROM taken)
 """
 RETRY = """
+WITH taken AS MATERIALIZED (
+    SELECT id FROM email_jobs WHERE state = 2 ORDER BY random() LIMIT %(n)s FOR UPDATE SKIP LOCKED
+)
 UPDATE email_jobs SET state = 1, lease_until = NULL
-WHERE id IN (SELECT id FROM email_jobs WHERE state = 2 ORDER BY random() LIMIT %(n)s
-             FOR UPDATE SKIP LOCKED)
+WHERE id IN (SELECT id FROM taken)
 """
 # A settlement (from SENDING) or a cancel (from SCHEDULED), at some time of the last 30 hours.
 END = """
-WITH ended AS (
+WITH taken AS MATERIALIZED (
+    SELECT id FROM email_jobs WHERE state = %(before)s ORDER BY random() LIMIT %(n)s
+    FOR UPDATE SKIP LOCKED
+), ended AS (
     UPDATE email_jobs SET state = %(state)s, lease_until = NULL,
         finished_at = now() - random() * interval '30 hours'
-    WHERE id IN (SELECT id FROM email_jobs WHERE state = %(before)s ORDER BY random() LIMIT %(n)s
-                 FOR UPDATE SKIP LOCKED)
+    WHERE id IN (SELECT id FROM taken)
     RETURNING sender_id, batch_id, date_trunc('hour', finished_at) AS hour
 ), sums AS (
     SELECT sender_id, batch_id, hour, count(*) AS n FROM ended GROUP BY 1, 2, 3

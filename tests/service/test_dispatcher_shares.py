@@ -158,7 +158,8 @@ async def test_a_drain_gives_back_the_claims_that_wait_for_a_slot(configure: Con
             await world.schedule(sender, 2)
         async with running(settings) as dispatcher:
             await eventually(lambda: all_claimed(world, senders))
-            server.cut()  # this ends the hanging mails
+            # This ends the hanging mails. A claim that waited may begin before the drain does.
+            await server.stop()
             await dispatcher.drain()
             assert not any([await world.leases_in_redis(sender) for sender in senders])
         assert (await world.states())[JobState.SENDING] == 0
@@ -261,7 +262,8 @@ async def test_claims_beyond_the_limit_of_waiters_take_no_reserved_slot(
             await eventually(lambda: world.done(well))
             assert jobs_in(inbox.mails).keys() >= set(jobs)
             assert server.waiting["rcpt"] == 2
-            server.cut()  # this ends the hanging mails
+            # This ends the hanging mails. A claim that waited may begin before the drain does.
+            await server.stop()
             await dispatcher.drain()
             assert not any([await world.leases_in_redis(sender) for sender in sick])
         await world.check_counts()

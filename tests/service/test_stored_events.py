@@ -29,7 +29,11 @@ MOST = 10
 
 
 @pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+async def scheduler(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Scheduler]:
+    # One process at a time counts, so the scheduler's own turns would skip those of the tests.
+    monkeypatch.setattr("outbox_server.services.scheduler.forgetting._OFTEN", timedelta(hours=1))
     async with running_scheduler(
         database_url, redis_url, encryption_keys=generate_key(), webhook_allow="127.0.0.1"
     ) as running:
