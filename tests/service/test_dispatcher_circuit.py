@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -85,7 +85,10 @@ async def test_an_outage_uses_only_the_attempts_of_its_probes(
             await server.stop()
         login = "anna:secret@" if kind == "AUTH" else ""
         values = configure(
-            f"smtp://{login}127.0.0.1:{server.port}", min_gap=f"{GAP}s", rate_window="1s"
+            f"smtp://{login}127.0.0.1:{server.port}",
+            min_gap=f"{GAP}s",
+            rate_window="1s",
+            smtp_timeout="300ms" if kind == "hangs" else "60s",
         )
         async with working(values, dispatchers) as (world, running_ones):
             senders = [await world.sender(limit=LIMIT) for _ in range(3)]
@@ -140,7 +143,7 @@ async def test_an_outage_uses_only_the_attempts_of_its_probes(
                 copies = jobs_in(server.taken)
                 assert sum(copies.values()) == len(jobs) + len(starts)
             else:
-                assert jobs_in(server.taken) == dict.fromkeys(jobs, 1)
+                await _check_copies(world, server, jobs, kind)
             for sender in senders:
                 assert gap_of(server.taken, sender) >= GAP
                 assert most_of(server.taken, sender, WINDOW) <= LIMIT
@@ -149,6 +152,20 @@ async def test_an_outage_uses_only_the_attempts_of_its_probes(
             opened, closed = _logged(logs, f"127.0.0.1:{server.port}")
             assert (opened["event"], closed["event"]) == ("circuit_opened", "circuit_closed")
             assert opened["since"] == closed["since"]
+
+
+async def _check_copies(
+    world: World, server: ScriptedServer, jobs: Iterable[int], kind: str
+) -> None:
+    """Check that every mail arrived, and only mail that was in doubt more than once."""
+    rows = await world.sql(
+        "SELECT email_job_id AS id FROM attempts WHERE outcome = %s", int(AttemptOutcome.IN_DOUBT)
+    )
+    # A busy machine may miss the short limit of "hangs" at the reply to a body.
+    assert kind == "hangs" or not rows
+    copies = jobs_in(server.taken)
+    assert set(copies) == set(jobs)
+    assert {job for job, n in copies.items() if n > 1} <= {row.id for row in rows}
 
 
 def _logged(
