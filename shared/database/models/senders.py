@@ -1,4 +1,4 @@
-"""The tables of senders, and of what is stored per sender."""
+"""The table of senders, and the tables with one row per sender."""
 
 from __future__ import annotations
 
