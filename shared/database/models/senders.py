@@ -1,4 +1,4 @@
-"""The table of senders, and the tables with one row per sender."""
+"""The tables of senders, of their OAuth 2.0 credentials, and of their cooldowns."""
 
 from __future__ import annotations
 
