@@ -35,8 +35,10 @@ from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.settings import Settings, load_settings
 from tests.eventually import PATIENCE
 from tests.kept_connection import KeptConnection
+from tests.kept_status import keep_status
 
 _request_ids = itertools.count(1)
+keep_status()
 
 
 @dataclass(frozen=True)

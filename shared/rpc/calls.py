@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -26,7 +26,7 @@ from outbox_server.shared.callers import (
     keep_place,
     set_current_caller,
 )
-from outbox_server.shared.errors import InvalidInput, Unavailable
+from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.quotas.in_flight import CallGroup, CallsInFlight
@@ -34,6 +34,13 @@ from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error
 from outbox_server.shared.rpc.field_limits import check_fields
 from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
 from outbox_server.shared.rpc.reads import check_may_change
+from outbox_server.shared.rpc.streams import (
+    checked_stream,
+    complete_stream,
+    read_the_rest,
+    single_message,
+    uninterrupted,
+)
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -148,15 +155,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         encode: Any = handler.response_serializer
         streaming = handler.request_streaming
 
+        async def answer_stream(request: Any, context: _Context) -> Any:
+            try:
+                found = encode(await behaviour(complete_stream(request, context), context))
+            except grpc.aio.BaseError:  # the call has ended
+                raise
+            except Exception:
+                await read_the_rest(request)
+                raise
+            await read_the_rest(request)
+            return found
+
         async def answer(request: Any, context: _Context) -> Any:
             async def work() -> Any:
                 # Decode and encode here: grpc.aio would send the text of an error to the caller.
                 if streaming:
-                    message = _complete_stream(request, context)
-                else:
-                    message = decode(await _single_message(request, context))
-                    check_fields(message)
-                    _bind_ids(message)
+                    return await answer_stream(request, context)
+                message = decode(await single_message(request, context))
+                check_fields(message)
+                _bind_ids(message)
                 return encode(await behaviour(message, context))
 
             limit = UPLOAD_DEADLINE if streaming else self._default_deadline
@@ -178,7 +195,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         def read(request: Any) -> Any:
             if streaming:
-                return _checked(request)
+                return checked_stream(request)
             message = decode(request)
             check_fields(message)
             return message
@@ -191,7 +208,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async for message in messages:
                         # A stream may outlive its key: after a revocation it gets no more messages.
                         await self._authenticate(method, context)
-                        await _uninterrupted(context.write(message))
+                        await uninterrupted(context.write(message))
 
             await self._run(method, context, work, None, metrics=metrics, group=CallGroup.WATCHES)
 
@@ -417,49 +434,3 @@ def _refuse_unknown_method(method: str, metrics: MethodMetrics) -> _Handler:
         await context.abort_with_status(rpc_status.to_status(status))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-async def _complete_stream(messages: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
-    """Yield the messages; fail after the last one if the caller did not end the stream itself.
-
-    grpc.aio reports a failed read (the caller cancelled or vanished, a message exceeded the size
-    limit) as the end of the stream, and cancels the handler some steps later. So half an upload
-    would look complete. Sending headers fails on such a call, which reveals it.
-    """
-    async for message in messages:
-        check_fields(message)
-        yield message
-    await _uninterrupted(context.send_initial_metadata(()))
-
-
-async def _checked(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for message in messages:
-        check_fields(message)
-        yield message
-
-
-async def _single_message(messages: AsyncIterator[bytes], context: _Context) -> bytes:
-    """Return the message of a unary call.
-
-    Raises:
-        InvalidInput: MALFORMED_MESSAGE: there is none.
-    """
-    async for message in messages:
-        return message
-    # As in `_complete_stream`: the caller may have left, or a message exceeded the size limit.
-    await _uninterrupted(context.send_initial_metadata(()))
-    raise InvalidInput("the call has no message", reason="MALFORMED_MESSAGE")
-
-
-async def _uninterrupted(sending: Awaitable[None]) -> None:
-    """Finish sending before a cancellation: after half a write grpc.aio cannot send a status.
-
-    It would send the headers a second time, which grpc's core refuses, so the caller would never
-    learn that the call ended. A write to a caller that does not read ends with the call.
-    """
-    task = asyncio.ensure_future(sending)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise

@@ -32,8 +32,6 @@ DISK, BALLAST, ROWS = "150m", 24 * 1024 * 1024, 20_000
 EXHAUSTED = ("RESOURCE_EXHAUSTED", "DATABASE_EXHAUSTED")
 UNAVAILABLE = ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
 
-LOST = ("", "")
-
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
@@ -90,10 +88,7 @@ async def flood(
     try:
         answer = await scheduler.batches.UploadBatch(messages(), timeout=PATIENCE)
     except grpc.aio.AioRpcError as error:
-        # A client of grpc.aio that is refused while it sends may lose the answer; it then reports
-        # this.
-        lost = error.details() == "Internal error from Core"
-        return 0, LOST if lost else reasons_of(error)
+        return 0, reasons_of(error)
     return answer.batch.accepted_count, None
 
 
@@ -126,14 +121,14 @@ async def test_a_full_disk_refuses_calls_with_a_retry_delay_and_loses_nothing(
             for name, (rows, refusal) in zip(names, answers, strict=True):
                 accepted += Counter({name: rows})
                 refusals += [refusal] if refusal else []
-                doubtful |= {name} if refusal in (UNAVAILABLE, LOST) else set()
+                doubtful |= {name} if refusal == UNAVAILABLE else set()
             # Data or WAL may be full first, depending on checkpoints.
             wanted = {UNAVAILABLE} if log_too else {UNAVAILABLE, EXHAUSTED}
             if len(refusals) >= 6 and wanted & set(refusals):
                 break
         else:
             raise AssertionError(f"the disk is never full: {Counter(refusals)}")
-        assert set(refusals) <= {EXHAUSTED, UNAVAILABLE, LOST}
+        assert set(refusals) <= {EXHAUSTED, UNAVAILABLE}
         assert accepted
 
         ballast.unlink()

@@ -47,7 +47,6 @@ MOST_CALLS: Final = 3_000
 # The least number of calls per round. A round also creates resources and reads all tables, so each
 # method is called twice in one, and a method that has not answered OK yet more often.
 CALLS_PER_ROUND: Final = 40
-MOST_REPEATS = 20
 AT_ONCE: Final = 20
 # Nothing changes while a stream is read, so it may have no second message.
 SECOND_MESSAGE_S: Final = 0.05
@@ -209,15 +208,6 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
     }
 
 
-def lost_answer(call: Call, error: grpc.aio.AioRpcError | None) -> bool:
-    """Return whether the client lost the answer of the server.
-
-    A client of grpc.aio that is refused while it still sends may lose it, and reports this.
-    """
-    lost = error is not None and error.details() == "Internal error from Core"
-    return lost and call.method.client_streaming
-
-
 def complaint_of(error: grpc.aio.AioRpcError) -> str | None:
     """Return the violation of an answer, or None."""
     if error.code() not in ANSWERS:
@@ -314,10 +304,6 @@ async def _make(
     async def make(call: Call, channel: grpc.aio.Channel) -> None:
         async with places:
             error = await call.make(channel)
-            for _ in range(MOST_REPEATS):
-                if not lost_answer(call, error):
-                    break
-                error = await call.make(channel)
         complaint = error and complaint_of(error)
         if error and complaint:
             said = re.sub("[0-9a-f]{16}", "...", error.details() or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -420,6 +421,27 @@ async def test_an_upload_out_of_order_is_refused(
 
         refusal = await refusal_of(scheduler.batches.UploadBatch(messages()))
         assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "UPLOAD_OUT_OF_ORDER")
+    assert nothing_is_stored(scheduler)
+
+
+async def test_the_rest_of_a_refused_upload_is_read(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    """A caller may lose an answer that arrives while it sends."""
+    sent = 0
+
+    async def messages(count: float) -> AsyncIterator[UploadBatchRequest]:
+        nonlocal sent
+        yield UploadBatchRequest(options=options_for(sender, sender_id="999999"))
+        while sent < count:
+            sent += 1
+            yield UploadBatchRequest(chunk=b"a@b.org\n" * 16_000)
+
+    refusal = await refusal_of(scheduler.batches.UploadBatch(messages(200)))
+    assert (refusal.reason, sent) == ("SENDER_NOT_FOUND", 200)
+    # Who never ends gets an answer as well.
+    refusal = await refusal_of(scheduler.batches.UploadBatch(messages(math.inf)))
+    assert refusal.reason == "SENDER_NOT_FOUND"
     assert nothing_is_stored(scheduler)
 
 
