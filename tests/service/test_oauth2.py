@@ -18,6 +18,7 @@ from outbox.v1.sender_service_pb2 import (
     ListSendersRequest,
     PauseSenderRequest,
     ResumeSenderRequest,
+    UpdateSenderRequest,
     VerifySenderRequest,
 )
 
@@ -62,6 +63,24 @@ async def test_credentials_are_stored_and_returned_without_their_secrets(
     box = SecretBox([KEY])
     assert box.decrypt(secret) == installation.provider.client_secret
     assert box.decrypt(token) == installation.provider.refresh_token
+
+
+async def test_a_new_sender_has_no_credentials_of_others(
+    installation: OAuth2Installation,
+) -> None:
+    endpoint = sender_pb2.SmtpEndpoint(host="mail.example.com")
+    for _ in range(2):
+        await installation.scheduler.sender("bob", smtp=installation.endpoint())
+        created = await installation.scheduler.sender(smtp=endpoint)
+        assert not created.smtp.HasField("oauth2")
+    update = UpdateSenderRequest(
+        sender=sender_pb2.Sender(sender_id=created.sender_id, hourly_limit=7)
+    )
+    changed = await installation.scheduler.senders.UpdateSender(update)
+    assert not changed.smtp.HasField("oauth2")
+    assert not installation.scheduler.rows(
+        "SELECT target FROM audit_events WHERE user_id = 'ann' AND after::text LIKE '%%oauth2%%'"
+    )
 
 
 async def test_a_preset_fills_in_fields_and_is_not_returned(

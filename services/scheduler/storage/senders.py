@@ -23,7 +23,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import Filter
@@ -115,6 +115,11 @@ _COLUMNS: Final = (
 # Without the only large column.
 _LISTED: Final = (*_COLUMNS, literal(None, Text).label("smtp_ca"))
 _ALL: Final = (*_COLUMNS, Sender.smtp_ca)
+# A new sender has no credentials yet. In the RETURNING of an INSERT, a subquery is not correlated:
+# it would read the credentials of other senders.
+_NEW: Final = tuple(
+    literal(None, JSONB).label("oauth2") if column.name == "oauth2" else column for column in _ALL
+)
 _NOT_DELETED: Final = Sender.deleted_at.is_(None)
 
 
@@ -166,7 +171,7 @@ async def insert_sender(
             insert(Sender)
             .values(id=ids.issue(), user_id=owner_of(user_id), **columns)
             .on_conflict_do_nothing(index_elements=["id"])
-            .returning(*_ALL)
+            .returning(*_NEW)
         )
         row = (await connection.execute(statement)).one_or_none()
         if row is not None:
