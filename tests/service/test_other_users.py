@@ -6,8 +6,9 @@ The methods come from the servers' reflection, so that new methods are tested to
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,6 +28,7 @@ from outbox.v1.dispatcher_service_pb2 import DESCRIPTOR as DISPATCHER
 from outbox_server.shared.auth.keys import ApiKeyKind, make_key
 from outbox_server.shared.auth.store import insert_key
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.secrets import generate_key
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import JobState
 from tests import cooldowns
@@ -272,6 +274,20 @@ async def _world(scheduler: Scheduler, user_id: str, address: str, service: str)
     )
 
 
+async def _keys(database_url: str, users: list[str]) -> dict[str, str]:
+    """Store a key of each user, and one of a service; return their texts by user."""
+    engine = create_engine(load_settings(database_url=database_url))
+    made = {}
+    async with engine.begin() as connection:
+        for name in (*users, "service"):
+            key = make_key()
+            kind = ApiKeyKind.SERVICE if name == "service" else ApiKeyKind.USER
+            await insert_key(connection, key, kind, None if name == "service" else name, "")
+            made[name] = key.text
+    await engine.dispose()
+    return made
+
+
 def _bearer(key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),)
 
@@ -279,12 +295,7 @@ def _bearer(key: str) -> tuple[tuple[str, str], ...]:
 @pytest.fixture
 async def walk(database_url: str, redis_url: str) -> AsyncIterator[TwoUsers]:
     async with AsyncExitStack() as stack:
-        engine = create_engine(load_settings(database_url=database_url))
-        stack.push_async_callback(engine.dispose)
-        bob, service = make_key(), make_key()
-        async with engine.begin() as connection:
-            await insert_key(connection, bob, ApiKeyKind.USER, "bob", "")
-            await insert_key(connection, service, ApiKeyKind.SERVICE, None, "")
+        keys = await _keys(database_url, ["bob"])
         scheduler = await stack.enter_async_context(
             running_scheduler(database_url, redis_url, auth="keys", **QUOTAS)
         )
@@ -297,13 +308,13 @@ async def walk(database_url: str, redis_url: str) -> AsyncIterator[TwoUsers]:
             await stack.enter_async_context(grpc.aio.insecure_channel(scheduler.address)),
             await stack.enter_async_context(stats_server(database_url, redis_url, auth="keys")),
         ]
-        hers = await _world(scheduler, "ann", f"{HERS}@example.com", service.text)
-        his = await _world(scheduler, "bob", "bob@example.com", service.text)
+        hers = await _world(scheduler, "ann", f"{HERS}@example.com", keys["service"])
+        his = await _world(scheduler, "bob", "bob@example.com", keys["service"])
         scheduler.execute(
             "INSERT INTO suppressions (user_id, address, reason) VALUES ('ann', 'x@y.org', %s)",
             HERS,
         )
-        yield TwoUsers(scheduler, channels, bob.text, hers, his)
+        yield TwoUsers(scheduler, channels, keys["bob"], hers, his)
 
 
 def forbidden_requests(
@@ -378,6 +389,93 @@ async def test_an_unset_user_id_selects_the_callers_own_resources(walk: TwoUsers
         ("ann", HERS)
     ]
     assert walk.scheduler.rows("SELECT state FROM senders WHERE user_id = 'ann'") == [(1,)]
+
+
+async def answers_of_bob(database_url: str, redis_url: str, others: list[str]) -> dict[str, str]:
+    """Return what Bob receives from all methods for his own resources, beside other users."""
+    async with AsyncExitStack() as stack:
+        users = [*others, "bob"]
+        keys = await _keys(database_url, users)
+        scheduler = await stack.enter_async_context(
+            running_scheduler(database_url, redis_url, auth="keys", encryption_keys=generate_key())
+        )
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(scheduler.address)),
+            await stack.enter_async_context(stats_server(database_url, redis_url, auth="keys")),
+        ]
+        owned = {
+            user: await _world(scheduler, user, f"{user}@example.com", keys["service"])
+            for user in users
+        }
+        found: dict[str, str] = {}
+        for user in users:
+            walk = TwoUsers(scheduler, channels, keys[user], owned[user], owned[user])
+            if user != "bob":
+                await _use_oauth2(walk)
+            methods = sorted(await walk.methods(), key=lambda each: (_ends(each[0]), each[0].name))
+            for method, channel in methods:
+                for number, messages in enumerate(requests(method, owned[user].ids())):
+                    if not (user != "bob" and _ends(method)):
+                        answer = await walk.ask(method, channel, messages)
+                        found[f"{method.name} {number}"] = answer
+        return Unnamed().texts(found)
+
+
+def _ends(method: MethodDescriptor) -> bool:
+    """Return whether the method removes what later calls need."""
+    return method.name.startswith(("Cancel", "Delete", "Erase"))
+
+
+async def _use_oauth2(walk: TwoUsers) -> None:
+    credentials = sender_pb2.OAuth2Credentials(
+        token_url="https://login.example.com/token",
+        client_id="their-client",
+        client_secret="their-secret",
+        refresh_token="their-token",
+    )
+    sender = sender_pb2.Sender(
+        email="o@example.com",
+        smtp=sender_pb2.SmtpEndpoint(
+            host="mail.example.com",
+            security=sender_pb2.SMTP_SECURITY_TLS,
+            username="them",
+            oauth2=credentials,
+        ),
+    )
+    request = sender_service_pb2.CreateSenderRequest(sender=sender)
+    await walk.scheduler.senders.CreateSender(request, metadata=walk.metadata)
+
+
+class Unnamed:
+    """Replaces ids by their order of appearance, and leaves out times and tokens."""
+
+    _LEFT_OUT: Final = re.compile(
+        # Request ids, times, the installation in Message-IDs, secrets and tokens.
+        r"(walk|request)-\d+|seconds: [12]\d{9}|nanos: \d+|\d{4}-\d\d-\d\d[T ][\d:.]+|Date: [^\\]+"
+        r"|\.[0-9a-f]{12}@|whsec_[^\"]+|_token: .+|erased:[0-9a-f]+"
+    )
+
+    def __init__(self) -> None:
+        self._ids: dict[str, str] = {}
+
+    def texts(self, found: Mapping[str, str]) -> dict[str, str]:
+        return {
+            name: re.sub(r"\d{15,}", self._number, self._LEFT_OUT.sub("...", text))
+            for name, text in found.items()
+        }
+
+    def _number(self, found: re.Match[str]) -> str:
+        return self._ids.setdefault(found[0], f"id-{len(self._ids)}")
+
+
+async def test_answers_are_the_same_beside_other_users(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    alone = await answers_of_bob(new_database(), redis_url, [])
+    beside = await answers_of_bob(new_database(), redis_url, ["ann", "eve"])
+    assert alone.keys() == beside.keys()
+    different = {name: text for name, text in beside.items() if text != alone[name]}
+    assert different == {name: alone[name] for name in different}
 
 
 async def test_the_dispatcher_has_no_method_for_users_and_services(
