@@ -140,6 +140,10 @@ async def running(folder: Path, *options: str, **variables: str) -> AsyncIterato
         await eventually(lambda: is_ready(up))
         started = descendants(process.pid)
         yield up
+    except AssertionError:
+        for log in sorted((folder / ".outbox/logs").glob("*")):
+            sys.stderr.write(f"{log.name}:\n{log.read_text()[-4_000:]}\n")
+        raise
     finally:
         if process.poll() is None:
             started |= descendants(process.pid)

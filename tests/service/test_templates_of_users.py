@@ -225,7 +225,9 @@ async def test_batches_with_expensive_templates_delay_no_batch_of_another_user(
             while True:
                 request.options.CopyFrom(options_for(evil, body=body))
                 try:
-                    await both.scheduler.batches.ScheduleBatch(request, metadata=both.eve)
+                    await both.scheduler.batches.ScheduleBatch(
+                        request, metadata=both.eve, timeout=PATIENCE
+                    )
                 except grpc.aio.AioRpcError as error:
                     reasons[whose_limit(error)[0]] += 1
 
