@@ -223,18 +223,18 @@ def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id
     return caller.user_id
 
 
-def require_user(caller: Caller, requested_user_id: str) -> str:
+def require_user(caller: Caller, requested_user_id: str, field: str = "user_id") -> str:
     """Return the user to act for, in a call that needs one.
 
     Raises:
         PermissionDenied: the caller is a user and requested another one (USER_MISMATCH).
         InvalidInput: the caller may act for all users and named none (USER_ID_REQUIRED), or the
-            requested id is not valid (USER_ID_INVALID).
+            requested id is not valid (USER_ID_INVALID), with `field`.
     """
-    user_id = effective_user(caller, requested_user_id)
+    user_id = effective_user(caller, requested_user_id, field)
     if user_id is None:
         raise InvalidInput.field(
-            "user_id",
+            field,
             "is required unless you use a user's own API key",
             reason="USER_ID_REQUIRED",
         )

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from outbox_server.services.scheduler.senders import check_host
 from outbox_server.services.scheduler.smtp_presets import PresetProvider
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import SmtpSecurity
 
@@ -18,6 +18,13 @@ _DEFAULT_TENANT: Final = "common"
 # These names mean any directory. Client credentials need one directory.
 _SHARED_TENANTS: Final = frozenset({"common", "organizations", "consumers"})
 _TENANT: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?", re.ASCII)
+_TEXTS: Final = {
+    "client_id": bounds.OAUTH2_CLIENT_ID,
+    "client_secret": bounds.OAUTH2_CLIENT_SECRET,
+    "refresh_token": bounds.OAUTH2_REFRESH_TOKEN,
+    "scope": bounds.OAUTH2_SCOPE,
+    "tenant": bounds.OAUTH2_TENANT,
+}
 _VISIBLE: Final = re.compile(r"[\x21-\x7e]+", re.ASCII)
 
 
@@ -34,22 +41,34 @@ class OAuth2Credentials:
 
 
 def check_credentials(
-    field: str, asked: OAuth2Credentials, endpoint: Endpoint, provider: PresetProvider | None
+    field: str, asked: OAuth2Credentials, endpoint: Endpoint | None, provider: PresetProvider | None
 ) -> OAuth2Credentials:
     """Return the credentials, with the values of a preset where none were given.
 
-    `field` is the path of the endpoint in the request. `provider` is None without a preset.
+    `field` is the path of the endpoint in the request. `provider` is None without a preset. An
+    `endpoint` of None is wrong itself: then the credentials are checked alone.
 
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.
     """
-    _check_endpoint(field, endpoint)
     path = f"{field}.oauth2"
-    bounds.OAUTH2_CLIENT_ID.check(f"{path}.client_id", asked.client_id)
-    bounds.OAUTH2_CLIENT_SECRET.check(f"{path}.client_secret", asked.client_secret)
-    bounds.OAUTH2_REFRESH_TOKEN.check(f"{path}.refresh_token", asked.refresh_token)
-    bounds.OAUTH2_SCOPE.check(f"{path}.scope", asked.scope)
-    bounds.OAUTH2_TENANT.check(f"{path}.tenant", asked.tenant)
+    wrong = Violations()
+    for name, limit in _TEXTS.items():
+        with wrong:
+            limit.check(f"{path}.{name}", getattr(asked, name))
+    with wrong:
+        if asked.token_url:
+            _check_token_url(f"{path}.token_url", asked.token_url)
+    with wrong:
+        if endpoint is not None:
+            _check_endpoint(field, endpoint)
+    wrong.raise_any()
+    return asked if endpoint is None else _completed(path, asked, provider)
+
+
+def _completed(
+    path: str, asked: OAuth2Credentials, provider: PresetProvider | None
+) -> OAuth2Credentials:
     if not (asked.refresh_token or asked.client_secret):
         raise _invalid(
             path,

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Final
 
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.intake.addresses import BadAddress, check_address
 from outbox_server.shared.intake.send_times import BadScheduleTime, check_time_zone
 from outbox_server.shared.sending_hours import SendingHours
@@ -114,20 +114,25 @@ def check_sending_hours(
         InvalidInput: SENDING_HOURS_INVALID, UNKNOWN_TIME_ZONE.
     """
     days = frozenset(weekdays)
-    if not days <= set(range(1, 8)):
-        raise InvalidInput.field(
-            f"{field}.weekdays",
-            "must be WEEKDAY_MONDAY to WEEKDAY_SUNDAY",
-            reason="SENDING_HOURS_INVALID",
-        )
-    bounds.TIME_ZONE.check(f"{field}.time_zone", time_zone)
-    try:
-        check_time_zone(time_zone)
-    except BadScheduleTime as error:
-        raise InvalidInput.field(
-            f"{field}.time_zone", error.message, reason="UNKNOWN_TIME_ZONE"
-        ) from None
-    begins, ends = _minutes(f"{field}.start", start), _minutes(f"{field}.end", end)
+    wrong = Violations()
+    with wrong:
+        if not days <= set(range(1, 8)):
+            raise InvalidInput.field(
+                f"{field}.weekdays",
+                "must be WEEKDAY_MONDAY to WEEKDAY_SUNDAY",
+                reason="SENDING_HOURS_INVALID",
+            )
+    with wrong:
+        bounds.TIME_ZONE.check(f"{field}.time_zone", time_zone)
+        try:
+            check_time_zone(time_zone)
+        except BadScheduleTime as error:
+            raise InvalidInput.field(
+                f"{field}.time_zone", error.message, reason="UNKNOWN_TIME_ZONE"
+            ) from None
+    begins = wrong.value(lambda: _minutes(f"{field}.start", start), 0)
+    ends = wrong.value(lambda: _minutes(f"{field}.end", end), 0)
+    wrong.raise_any()
     if begins in (ends, _DAY_MINUTES):
         raise InvalidInput.field(
             f"{field}.end",
@@ -157,27 +162,38 @@ def check_endpoint(
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.
     """
-    check_host(f"{field}.host", host)
-    if not 0 <= port <= bounds.MAX_PORT:
-        raise _invalid(f"{field}.port", f"must be 1 to {bounds.MAX_PORT} (got {port})")
-    chosen = requested_enum(
-        SmtpSecurity, security, f"{field}.security", reason="SMTP_ENDPOINT_INVALID"
+    wrong = Violations()
+    with wrong:
+        check_host(f"{field}.host", host)
+    with wrong:
+        if not 0 <= port <= bounds.MAX_PORT:
+            raise _invalid(f"{field}.port", f"must be 1 to {bounds.MAX_PORT} (got {port})")
+    chosen = wrong.value(
+        lambda: requested_enum(
+            SmtpSecurity, security, f"{field}.security", reason="SMTP_ENDPOINT_INVALID"
+        ),
+        None,
     )
     if chosen is None:
         chosen = SmtpSecurity.TLS if port == _TLS_PORT else SmtpSecurity.STARTTLS
     if not port:
         port = _TLS_PORT if chosen is SmtpSecurity.TLS else _SUBMISSION_PORT
-    bounds.SMTP_USERNAME.check(f"{field}.username", username)
-    bounds.SMTP_PASSWORD.check(f"{field}.password", password)
-    if password and not username:
-        raise _invalid(f"{field}.username", "must be set if `password` is set")
-    if password and chosen is SmtpSecurity.NONE:
-        raise _invalid(f"{field}.security", "must be STARTTLS or TLS if `password` is set")
+    with wrong:
+        bounds.SMTP_USERNAME.check(f"{field}.username", username)
+        if password and not username:
+            raise _invalid(f"{field}.username", "must be set if `password` is set")
+    with wrong:
+        bounds.SMTP_PASSWORD.check(f"{field}.password", password)
+    with wrong:
+        if password and chosen is SmtpSecurity.NONE:
+            raise _invalid(f"{field}.security", "must be STARTTLS or TLS if `password` is set")
     if ca:
-        try:
-            check_ca(ca)
-        except ValueError as error:
-            raise _invalid(f"{field}.ca_certificates", str(error)) from None
+        with wrong:
+            try:
+                check_ca(ca)
+            except ValueError as error:
+                raise _invalid(f"{field}.ca_certificates", str(error)) from None
+    wrong.raise_any()
     return Endpoint(host, port, chosen, username, password, ca=ca)
 
 

@@ -19,16 +19,15 @@ async def audit(
     engine: AsyncEngine,
     request: stats_service_pb2.AuditSenderRequest,
     user_id: str | None,
+    interval: Interval,
     rules: Rules,
 ) -> stats_service_pb2.AuditSenderResponse:
     """Answer AuditSender.
 
     Raises:
-        InvalidInput: INTERVAL_INVALID.
         NotFound: SENDER_NOT_FOUND.
     """
     sender_id = parse_id(request.sender_id, "sender_id")
-    interval = _interval(request)
     async with storage.snapshot(engine) as connection:
         found = await audit_sender(
             connection,
@@ -53,7 +52,12 @@ async def audit(
     )
 
 
-def _interval(request: stats_service_pb2.AuditSenderRequest) -> Interval:
+def requested_interval(request: stats_service_pb2.AuditSenderRequest) -> Interval:
+    """Return the interval of a request.
+
+    Raises:
+        InvalidInput: INTERVAL_INVALID, or a time is out of range.
+    """
     start = end = None
     if request.HasField("start_time"):
         start = from_timestamp(request.start_time, "start_time")

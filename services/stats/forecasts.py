@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Final
+from functools import partial
+from typing import Final, Literal
 
 from outbox.v1 import sender_pb2, stats_service_pb2
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.stats import storage
 from outbox_server.services.stats.planned import PlannedBatch, check_planned
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.forecast.forecasts import (
     HELD_NOTICE,
     Forecast,
@@ -30,6 +32,12 @@ from outbox_server.shared.rpc.proto_mapping import (
 )
 
 _MICROSECOND: Final = timedelta(microseconds=1)
+_OPTIONS: Final = "planned_batch.options"
+_TIMES: Final[tuple[Literal["schedule_time", "spread_until"], ...]] = (
+    "schedule_time",
+    "spread_until",
+)
+_DURATIONS: Final[tuple[Literal["expire_after", "spacing"], ...]] = ("expire_after", "spacing")
 _LIMITS: Final = {
     Bound.SPACING: sender_pb2.BINDING_LIMIT_SPACING,
     Bound.GAP: sender_pb2.BINDING_LIMIT_MIN_GAP,
@@ -58,34 +66,45 @@ async def forecast(
     engine: AsyncEngine,
     request: stats_service_pb2.ForecastBatchRequest,
     user_id: str | None,
+    planned: PlannedBatch | None,
     rules: Rules,
 ) -> stats_service_pb2.ForecastBatchResponse:
-    """Answer ForecastBatch.
+    """Answer ForecastBatch. `planned` is None if the batch exists.
+
+    Raises:
+        InvalidInput: SPREAD_UNTIL_INVALID.
+        NotFound: BATCH_NOT_FOUND, SENDER_NOT_FOUND.
+    """
+    if planned is None:
+        batch_id = parse_id(request.batch_id, "batch_id")
+        async with storage.snapshot(engine) as connection:
+            sender_id = await storage.sender_of_batch(connection, batch_id, user_id)
+            if sender_id is None:
+                raise not_found("batch_id", request.batch_id)
+            found = await forecast_batch(connection, sender_id, batch_id, rules)
+            return _answer(found, await storage.last_failure(connection, sender_id))
+    named = request.planned_batch.options.sender_id
+    sender_id = parse_id(named, f"{_OPTIONS}.sender_id")
+    async with storage.snapshot(engine) as connection:
+        if not await storage.sender_exists(connection, sender_id, user_id):
+            raise not_found(f"{_OPTIONS}.sender_id", named)
+        found = await forecast_planned(
+            connection, sender_id, lambda now: [_group(planned, now)], rules
+        )
+        return _answer(found, await storage.last_failure(connection, sender_id))
+
+
+def requested_plan(request: stats_service_pb2.ForecastBatchRequest) -> PlannedBatch | None:
+    """Return the planned batch of a request; None if the batch exists.
 
     Raises:
         InvalidInput: FORECAST_SUBJECT_REQUIRED, or an error of the planned batch.
-        NotFound: BATCH_NOT_FOUND, SENDER_NOT_FOUND.
     """
     match request.WhichOneof("subject"):
         case "batch_id":
-            batch_id = parse_id(request.batch_id, "batch_id")
-            async with storage.snapshot(engine) as connection:
-                sender_id = await storage.sender_of_batch(connection, batch_id, user_id)
-                if sender_id is None:
-                    raise not_found("batch_id", request.batch_id)
-                found = await forecast_batch(connection, sender_id, batch_id, rules)
-                return _answer(found, await storage.last_failure(connection, sender_id))
+            return None
         case "planned_batch":
-            planned = _planned(request.planned_batch)
-            named = request.planned_batch.options.sender_id
-            sender_id = parse_id(named, "planned_batch.options.sender_id")
-            async with storage.snapshot(engine) as connection:
-                if not await storage.sender_exists(connection, sender_id, user_id):
-                    raise not_found("planned_batch.options.sender_id", named)
-                found = await forecast_planned(
-                    connection, sender_id, lambda now: [_group(planned, now)], rules
-                )
-                return _answer(found, await storage.last_failure(connection, sender_id))
+            return _planned(request.planned_batch)
     raise InvalidInput.field(
         "batch_id",
         "one of `batch_id` and `planned_batch` must be set",
@@ -94,18 +113,29 @@ async def forecast(
 
 
 def _planned(planned: stats_service_pb2.PlannedBatch) -> PlannedBatch:
-    options, field = planned.options, "planned_batch.options"
-    start = spread_until = expire_after = None
-    if options.HasField("schedule_time"):
-        start = from_timestamp(options.schedule_time, f"{field}.schedule_time")
-    if options.HasField("spread_until"):
-        spread_until = from_timestamp(options.spread_until, f"{field}.spread_until")
-    if options.HasField("expire_after"):
-        expire_after = from_duration(options.expire_after, f"{field}.expire_after")
-    spacing = from_duration(options.spacing, f"{field}.spacing")
-    return check_planned(
-        PlannedBatch(planned.recipient_count, start, spacing, spread_until, expire_after)
+    options = planned.options
+    wrong = Violations()
+    with wrong, suppress(NotFound):  # a sender that does not exist is reported later
+        parse_id(options.sender_id, f"{_OPTIONS}.sender_id")
+    start, spread_until = (
+        wrong.value(partial(from_timestamp, getattr(options, name), f"{_OPTIONS}.{name}"), None)
+        if options.HasField(name)
+        else None
+        for name in _TIMES
     )
+    expire_after, spacing = (
+        wrong.value(partial(from_duration, getattr(options, name), f"{_OPTIONS}.{name}"), None)
+        if options.HasField(name)
+        else None
+        for name in _DURATIONS
+    )
+    found = PlannedBatch(
+        planned.recipient_count, start, spacing or timedelta(0), spread_until, expire_after
+    )
+    with wrong:
+        check_planned(found)
+    wrong.raise_any()
+    return found
 
 
 def _group(planned: PlannedBatch, now: datetime) -> JobGroup:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.settings import format_duration
 
 
@@ -44,25 +44,30 @@ def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> Planne
     Raises:
         InvalidInput: RECIPIENT_COUNT_INVALID, SPACING_INVALID, EXPIRE_AFTER_INVALID.
     """
-    if not 1 <= planned.recipients <= bounds.MAX_RECIPIENTS:
-        raise InvalidInput.field(
-            f"{field}.recipient_count",
-            f"must be 1 to {bounds.MAX_RECIPIENTS:,} (got {planned.recipients:,})",
-            reason="RECIPIENT_COUNT_INVALID",
-        )
-    if not timedelta(0) <= planned.spacing <= bounds.MAX_SPACING:
-        raise InvalidInput.field(
-            f"{field}.options.spacing",
-            f"must be 0 s to 7 days (got {format_duration(planned.spacing)})",
-            reason="SPACING_INVALID",
-        )
-    if (
-        planned.expire_after is not None
-        and not bounds.MIN_EXPIRE_AFTER <= planned.expire_after <= bounds.MAX_EXPIRE_AFTER
-    ):
-        raise InvalidInput.field(
-            f"{field}.options.expire_after",
-            f"must be 1 s to 366 days (got {format_duration(planned.expire_after)})",
-            reason="EXPIRE_AFTER_INVALID",
-        )
+    wrong = Violations()
+    with wrong:
+        if not 1 <= planned.recipients <= bounds.MAX_RECIPIENTS:
+            raise InvalidInput.field(
+                f"{field}.recipient_count",
+                f"must be 1 to {bounds.MAX_RECIPIENTS:,} (got {planned.recipients:,})",
+                reason="RECIPIENT_COUNT_INVALID",
+            )
+    with wrong:
+        if not timedelta(0) <= planned.spacing <= bounds.MAX_SPACING:
+            raise InvalidInput.field(
+                f"{field}.options.spacing",
+                f"must be 0 s to 7 days (got {format_duration(planned.spacing)})",
+                reason="SPACING_INVALID",
+            )
+    with wrong:
+        if (
+            planned.expire_after is not None
+            and not bounds.MIN_EXPIRE_AFTER <= planned.expire_after <= bounds.MAX_EXPIRE_AFTER
+        ):
+            raise InvalidInput.field(
+                f"{field}.options.expire_after",
+                f"must be 1 s to 366 days (got {format_duration(planned.expire_after)})",
+                reason="EXPIRE_AFTER_INVALID",
+            )
+    wrong.raise_any()
     return planned

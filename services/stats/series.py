@@ -10,7 +10,7 @@ from outbox.v1 import stats_pb2, stats_service_pb2
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.stats import storage
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.rpc.proto_mapping import (
     from_duration,
     from_timestamp,
@@ -50,25 +50,30 @@ def check_buckets(
         InvalidInput: BUCKET_INVALID, INTERVAL_INVALID.
     """
     length = timedelta(hours=1) if length is None else length
-    if not _MINUTE <= length <= _DAY or length % _MINUTE or _DAY % length:
-        raise InvalidInput.field(
-            "bucket",
-            "must be a whole number of minutes that divides a day: 1m to 24h, such as 5m or 1h",
-            reason="BUCKET_INVALID",
-        )
+    wrong = Violations()
+    with wrong:
+        if not _MINUTE <= length <= _DAY or length % _MINUTE or _DAY % length:
+            raise InvalidInput.field(
+                "bucket",
+                "must be a whole number of minutes that divides a day: 1m to 24h, such as 5m or 1h",
+                reason="BUCKET_INVALID",
+            )
     end = now if end is None else end
     if start is None:
         start = max(end, _EPOCH + _DAY) - _DAY
-    if start >= end:
-        raise InvalidInput.field(
-            "end_time", "must be later than start_time", reason="INTERVAL_INVALID"
-        )
-    if not start >= _EPOCH or end > _LAST:
-        raise InvalidInput.field(
-            "start_time",
-            "must not be before 1970, and end_time not after 9999",
-            reason="INTERVAL_INVALID",
-        )
+    with wrong:
+        if start >= end:
+            raise InvalidInput.field(
+                "end_time", "must be later than start_time", reason="INTERVAL_INVALID"
+            )
+    with wrong:
+        if not start >= _EPOCH or end > _LAST:
+            raise InvalidInput.field(
+                "start_time",
+                "must not be before 1970, and end_time not after 9999",
+                reason="INTERVAL_INVALID",
+            )
+    wrong.raise_any()
     buckets = Buckets(start - (start - _EPOCH) % length, end, length)
     if (buckets.end - buckets.start) / length > _MOST_BUCKETS:
         raise InvalidInput.field(
@@ -79,24 +84,40 @@ def check_buckets(
     return buckets
 
 
+def requested_buckets(request: stats_service_pb2.QuerySenderSeriesRequest) -> Buckets:
+    """Return the buckets of a request.
+
+    Raises:
+        InvalidInput: BUCKET_INVALID, INTERVAL_INVALID, or a time or duration is out of range.
+    """
+    start = end = length = None
+    wrong = Violations()
+    if request.HasField("start_time"):
+        start = wrong.value(lambda: from_timestamp(request.start_time, "start_time"), None)
+    if request.HasField("end_time"):
+        end = wrong.value(lambda: from_timestamp(request.end_time, "end_time"), None)
+    if request.HasField("bucket"):
+        length = wrong.value(lambda: from_duration(request.bucket, "bucket"), None)
+    now = datetime.now(UTC)
+    found = wrong.value(
+        lambda: check_buckets(start, end, length, now), Buckets(now, now, timedelta(0))
+    )
+    wrong.raise_any()
+    return found
+
+
 async def series(
-    engine: AsyncEngine, request: stats_service_pb2.QuerySenderSeriesRequest, user_id: str | None
+    engine: AsyncEngine,
+    request: stats_service_pb2.QuerySenderSeriesRequest,
+    user_id: str | None,
+    buckets: Buckets,
 ) -> stats_service_pb2.QuerySenderSeriesResponse:
     """Answer QuerySenderSeries.
 
     Raises:
-        InvalidInput: BUCKET_INVALID, INTERVAL_INVALID.
         NotFound: SENDER_NOT_FOUND.
     """
     sender_id = parse_id(request.sender_id, "sender_id")
-    start = end = length = None
-    if request.HasField("start_time"):
-        start = from_timestamp(request.start_time, "start_time")
-    if request.HasField("end_time"):
-        end = from_timestamp(request.end_time, "end_time")
-    if request.HasField("bucket"):
-        length = from_duration(request.bucket, "bucket")
-    buckets = check_buckets(start, end, length, datetime.now(UTC))
     async with storage.snapshot(engine) as connection:
         if not await storage.sender_exists(connection, sender_id, user_id):
             raise not_found("sender_id", request.sender_id)

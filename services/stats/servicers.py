@@ -12,9 +12,9 @@ from outbox.v1 import email_job_pb2, stats_pb2, stats_service_pb2, stats_service
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.stats import storage
-from outbox_server.services.stats.auditing import audit
-from outbox_server.services.stats.forecasts import forecast
-from outbox_server.services.stats.series import series
+from outbox_server.services.stats.auditing import audit, requested_interval
+from outbox_server.services.stats.forecasts import forecast, requested_plan
+from outbox_server.services.stats.series import requested_buckets, series
 from outbox_server.services.stats.storage import WatchedSender
 from outbox_server.services.stats.storage.endpoints import EndpointCounts, read_endpoints
 from outbox_server.shared.callers import CallerKind, current_caller, effective_user, require_user
@@ -95,8 +95,9 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.ForecastBatchResponse:
         """Return when all mails of a batch, real or planned, will have been sent."""
+        planned = requested_plan(request)
         user_id = effective_user(current_caller(), request.user_id)
-        return await forecast(self._engine, request, user_id, self._rules())
+        return await forecast(self._engine, request, user_id, planned, self._rules())
 
     async def AuditSender(
         self,
@@ -104,8 +105,9 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.AuditSenderResponse:
         """Check the recorded attempts of a sender against its limits."""
+        interval = requested_interval(request)
         user_id = effective_user(current_caller(), request.user_id)
-        return await audit(self._engine, request, user_id, self._rules())
+        return await audit(self._engine, request, user_id, interval, self._rules())
 
     async def QuerySenderSeries(
         self,
@@ -113,8 +115,9 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.QuerySenderSeriesResponse:
         """Return the results of a sender over time."""
+        buckets = requested_buckets(request)
         user_id = effective_user(current_caller(), request.user_id)
-        return await series(self._engine, request, user_id)
+        return await series(self._engine, request, user_id, buckets)
 
     async def WatchSenderStats(
         self,

@@ -130,14 +130,8 @@ def check_options(
         _check_request_id(options, field, needed=needs_request_id)
     texts = {name: getattr(options, name) or "" for name in ("subject", "body", "html")}
     for name, text in (texts | options.head.sources()).items():
-        nul = text.find("\0")
-        if nul >= 0:
-            with found:
-                raise InvalidInput.field(
-                    f"{field}.{name}",
-                    f"must not contain a NUL (got one as character {nul + 1:,})",
-                    reason="TEMPLATE_INVALID",
-                )
+        with found:
+            check_no_nul(f"{field}.{name}", text)
     with found:
         _check_spacing(options, field)
     with found:
@@ -155,6 +149,22 @@ def check_options(
         _check_time_zone(options, field)
     found.raise_any()
     return options
+
+
+def check_no_nul(field: str, text: str) -> str:
+    """Return the text of a template. `field` has it.
+
+    Raises:
+        InvalidInput: TEMPLATE_INVALID: it contains a NUL.
+    """
+    nul = text.find("\0")
+    if nul >= 0:
+        raise InvalidInput.field(
+            field,
+            f"must not contain a NUL (got one as character {nul + 1:,})",
+            reason="TEMPLATE_INVALID",
+        )
+    return text
 
 
 def _check_request_id(options: BatchOptions, field: str, *, needed: bool) -> None:
@@ -204,13 +214,17 @@ def check_csv_options(email_column: str, skip_lines: int, prefix: str = "") -> N
     Raises:
         InvalidInput: EMAIL_COLUMN_INVALID, SKIP_LINES_INVALID.
     """
-    bounds.EMAIL_COLUMN.check(f"{prefix}email_column", email_column)
-    if not 0 <= skip_lines <= bounds.MAX_SKIP_LINES:
-        raise InvalidInput.field(
-            f"{prefix}skip_lines",
-            f"must be 0 to {bounds.MAX_SKIP_LINES:,} (got {skip_lines:,})",
-            reason="SKIP_LINES_INVALID",
-        )
+    wrong = Violations()
+    with wrong:
+        bounds.EMAIL_COLUMN.check(f"{prefix}email_column", email_column)
+    with wrong:
+        if not 0 <= skip_lines <= bounds.MAX_SKIP_LINES:
+            raise InvalidInput.field(
+                f"{prefix}skip_lines",
+                f"must be 0 to {bounds.MAX_SKIP_LINES:,} (got {skip_lines:,})",
+                reason="SKIP_LINES_INVALID",
+            )
+    wrong.raise_any()
 
 
 def check_header_names(headers: Sequence[tuple[str, str]], field: str) -> None:

@@ -16,16 +16,22 @@ from outbox_server.shared.rpc.proto_mapping import from_timestamp, parse_id, who
 from outbox_server.shared.states import BatchMode, DuplicatePolicy, requested_enum
 
 
-def from_options(options: batch_pb2.BatchOptions, *, validate_only: bool = False) -> BatchOptions:
+def from_options(
+    options: batch_pb2.BatchOptions,
+    *,
+    validate_only: bool = False,
+    found: Violations | None = None,
+) -> BatchOptions:
     """Check the options and return them. Unset options get their defaults.
 
     With `validate_only`, they need no `request_id`: nothing is stored that it could protect.
+    `found` has errors about other fields; they are raised with those found here.
 
     Raises:
         InvalidInput: an option is wrong.
         NotFound: SENDER_NOT_FOUND: the sender's id is not a number.
     """
-    found = Violations()
+    found = found or Violations()
     sender_id = found.value(lambda: parse_id(options.sender_id, "options.sender_id"), 0)
     duplicates = found.value(
         lambda: requested_enum(DuplicatePolicy, options.duplicates, "options.duplicates"), None

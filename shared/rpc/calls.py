@@ -26,10 +26,11 @@ from outbox_server.shared.callers import (
     keep_place,
     set_current_caller,
 )
-from outbox_server.shared.errors import Unavailable
+from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.quotas.in_flight import CallGroup, CallsInFlight
+from outbox_server.shared.rpc.common_fields import raise_completed
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
 from outbox_server.shared.rpc.field_limits import check_fields
 from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
@@ -174,7 +175,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 message = decode(await single_message(request, context))
                 check_fields(message)
                 _bind_ids(message)
-                return encode(await behaviour(message, context))
+                try:
+                    return encode(await behaviour(message, context))
+                except InvalidInput as error:
+                    raise_completed(error, message)
 
             limit = UPLOAD_DEADLINE if streaming else self._default_deadline
             group = CallGroup.UPLOADS if streaming else CallGroup.CALLS
@@ -193,22 +197,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         encode: Any = handler.response_serializer
         streaming = handler.request_streaming
 
-        def read(request: Any) -> Any:
-            if streaming:
-                return checked_stream(request)
-            message = decode(request)
-            check_fields(message)
-            return message
+        async def stream(request: Any, context: _Context) -> None:
+            messages = behaviour(request, context)
+            # Close the generator when the caller leaves, not at a later garbage collection.
+            async with aclosing(messages):
+                async for message in messages:
+                    # A stream may outlive its key: after a revocation it gets no more messages.
+                    await self._authenticate(method, context)
+                    await uninterrupted(context.write(message))
 
         async def answer(request: Any, context: _Context) -> None:
             async def work() -> None:
-                messages = behaviour(read(request), context)
-                # Close the generator when the caller leaves, not at a later garbage collection.
-                async with aclosing(messages):
-                    async for message in messages:
-                        # A stream may outlive its key: after a revocation it gets no more messages.
-                        await self._authenticate(method, context)
-                        await uninterrupted(context.write(message))
+                if streaming:
+                    return await stream(checked_stream(request), context)
+                message = decode(request)
+                check_fields(message)
+                try:
+                    return await stream(message, context)
+                except InvalidInput as error:
+                    raise_completed(error, message)
 
             await self._run(method, context, work, None, metrics=metrics, group=CallGroup.WATCHES)
 

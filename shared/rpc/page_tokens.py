@@ -51,6 +51,17 @@ def encode(kind: str, filters_digest: bytes, position: Position) -> str:
     return _text(_sum(kind, filters_digest, payload) + payload)
 
 
+def check_form(field: str, token: str) -> None:
+    """Check that `encode` may have made the token, of whichever list. `field` has it.
+
+    Raises:
+        InvalidInput: PAGE_TOKEN_INVALID, RESUME_TOKEN_INVALID.
+    """
+    if _raw(token) is None:
+        reason = f"{field.upper()}_INVALID"
+        raise InvalidInput.field(field, "is not a token of this server", reason=reason)
+
+
 def decode_resume(
     token: str, kind: str, filters_digest: bytes, parts: Sequence[type] = (str,)
 ) -> Position | None:
@@ -102,15 +113,11 @@ def decode(token: str, kind: str, filters_digest: bytes, start: P, *, largest: i
 
 def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
     """Return the position in a token; None if `encode` cannot have made the token."""
-    if len(token) > PAGE_TOKEN.most:
-        return None
-    try:
-        raw = base64.urlsafe_b64decode(token.encode("ascii") + b"=" * (-len(token) % 4))
-    except ValueError:  # not ASCII, or not base64
+    raw = _raw(token)
+    if raw is None:
         return None
     payload = raw[_SUM_BYTES:]
-    # The decoder skips other characters and ignores spare bits, so compare with our own spelling.
-    if _text(raw) != token or raw[:_SUM_BYTES] != _sum(kind, filters_digest, payload):
+    if raw[:_SUM_BYTES] != _sum(kind, filters_digest, payload):
         return None
     try:
         parts = json.loads(payload)
@@ -120,6 +127,18 @@ def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
         return None
     position = tuple(parts)
     return position if _payload(position) == payload else None
+
+
+def _raw(token: str) -> bytes | None:
+    """Return the bytes of a token; None if no token is spelled like this."""
+    if len(token) > PAGE_TOKEN.most:
+        return None
+    try:
+        raw = base64.urlsafe_b64decode(token.encode("ascii") + b"=" * (-len(token) % 4))
+    except ValueError:  # not ASCII, or not base64
+        return None
+    # The decoder skips other characters and ignores spare bits, so compare with our own spelling.
+    return raw if _text(raw) == token and len(raw) > _SUM_BYTES else None
 
 
 def _may_be_in_a_position(part: object) -> bool:

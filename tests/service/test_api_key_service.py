@@ -165,7 +165,7 @@ async def test_only_operators_manage_keys_and_wrong_keys_are_refused(both: Rival
     every = {name: value for fields, *_ in wrong[1:] for name, value in fields.items()}
     refusal = await refusal_of(create(both, **every | {"kind": 9}))
     assert set(refusal.violations) == {
-        *("api_key.kind", "api_key.expire_time", "api_key.display_name")
+        *("api_key.kind", "api_key.user_id", "api_key.expire_time", "api_key.display_name")
     }
     for text in ("", "k7m2p4x9qa", "a\0b", "x" * 64):
         read = keys.GetApiKey(GetApiKeyRequest(api_key_id=text), metadata=both.operator)

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from outbox.v1 import (  # noqa: F401 - importing them is what makes the services known
     api_key_pb2,
     api_key_service_pb2,
+    audit_service_pb2,
     batch_service_pb2,
     dispatcher_service_pb2,
     email_job_event_service_pb2,
@@ -61,6 +62,7 @@ SCHEDULER: Final = (
     "WebhookService",
     "ServerService",
     "ApiKeyService",
+    "AuditService",
 )
 # Low, so that quotas refuse some calls: a refused call changes nothing.
 QUOTAS: Final = {"user_senders": 2, "user_waiting_jobs": 5, "user_stored_rejections": 5}

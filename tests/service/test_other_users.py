@@ -158,11 +158,13 @@ def requests(
     """Yield requests with all of `ids` for which the method has a field, one for each choice."""
     choices = max([1, *(len(one.fields) for one in method.input_type.oneofs)])
     made: list[Any] = [_filled(method.input_type, ids, user_id, each) for each in range(choices)]
-    if method.name == "UpdateBatch":
-        for one in made:
+    for one in made:
+        if method.name == "UpdateBatch":
             one.update_mask.paths[:] = ["subject"]
             # Only the id of the batch says what is changed.
             one.batch.ClearField("sender_id")
+        elif method.name == "UpdateWebhook":
+            one.update_mask.paths[:] = ["url"]
     # The messages of an upload belong to one request; otherwise each message is a request.
     yield from [made] if method.client_streaming else ([message] for message in made)
 

@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import api_key_pb2, api_key_service_pb2, api_key_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_origin
+from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user
 from outbox_server.shared import bounds
 from outbox_server.shared.auth import store
@@ -39,14 +39,12 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         """Create a key, and return its secret."""
         asked = request.api_key
         wrong = Violations()
-        unknown: tuple[ApiKeyKind, str | None] = (ApiKeyKind.USER, None)
-        kind, user_id = wrong.value(lambda: _kind_of(asked), unknown)
+        kind = wrong.value(lambda: _kind_of(asked), None)
+        user_id = wrong.value(lambda: _user_of(asked, kind), None)
         name = wrong.value(
             lambda: bounds.DISPLAY_NAME.check("api_key.display_name", asked.display_name), ""
         )
         expires_at = wrong.value(lambda: _expiry_of(asked), None)
-        with wrong:
-            check_origin(request)
         wrong.raise_any()
         new = make_key()
         created = False
@@ -59,7 +57,7 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
             stored = await store.insert_key(
                 connection,
                 new,
-                kind,
+                kind or ApiKeyKind.USER,
                 user_id,
                 name,
                 read_only=asked.read_only,
@@ -131,11 +129,11 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         return await self._changes.make(request, None, api_key_pb2.ApiKey, revoke)
 
 
-def _kind_of(asked: api_key_pb2.ApiKey) -> tuple[ApiKeyKind, str | None]:
-    """Return the kind of a new key, and the user that it acts for.
+def _kind_of(asked: api_key_pb2.ApiKey) -> ApiKeyKind:
+    """Return the kind of a new key.
 
     Raises:
-        InvalidInput: API_KEY_KIND_INVALID, USER_ID_REQUIRED, USER_ID_INVALID.
+        InvalidInput: API_KEY_KIND_INVALID.
     """
     kind = next((kind for kind, number in _KINDS.items() if number == asked.kind), None)
     if kind is None:
@@ -144,6 +142,17 @@ def _kind_of(asked: api_key_pb2.ApiKey) -> tuple[ApiKeyKind, str | None]:
             "must be API_KEY_KIND_USER, API_KEY_KIND_SERVICE or API_KEY_KIND_OPERATOR",
             reason="API_KEY_KIND_INVALID",
         )
+    return kind
+
+
+def _user_of(asked: api_key_pb2.ApiKey, kind: ApiKeyKind | None) -> str | None:
+    """Return the user that a new key acts for. A `kind` of None is wrong, and may have one.
+
+    Raises:
+        InvalidInput: API_KEY_KIND_INVALID, USER_ID_REQUIRED, USER_ID_INVALID.
+    """
+    if kind is None:
+        return acting_user(asked.user_id, "api_key.user_id")
     if kind is not ApiKeyKind.USER:
         if asked.user_id:
             raise InvalidInput.field(
@@ -151,14 +160,14 @@ def _kind_of(asked: api_key_pb2.ApiKey) -> tuple[ApiKeyKind, str | None]:
                 "must be unset: only a key of kind API_KEY_KIND_USER acts for one user",
                 reason="API_KEY_KIND_INVALID",
             )
-        return kind, None
+        return None
     if not asked.user_id:
         raise InvalidInput.field(
             "api_key.user_id",
             "is required for a key of kind API_KEY_KIND_USER",
             reason="USER_ID_REQUIRED",
         )
-    return kind, acting_user(asked.user_id, "api_key.user_id")
+    return acting_user(asked.user_id, "api_key.user_id")
 
 
 def _expiry_of(asked: api_key_pb2.ApiKey) -> datetime | None:

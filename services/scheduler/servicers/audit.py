@@ -12,13 +12,13 @@ from outbox.v1 import audit_pb2, audit_service_pb2, audit_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user
+from outbox_server.shared.bounds import AUDIT_TARGET
 from outbox_server.shared.database.audit_events import (
     ChangeFilter,
     RecordedChange,
     list_changes,
 )
 from outbox_server.shared.errors import Violations
-from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.page_tokens import MAX_ID
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, id_text, to_timestamp
@@ -45,12 +45,10 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         wrong = Violations()
         which = ChangeFilter(
             user_id=wrong.value(lambda: acting_user(request.user_id), None),
-            target=request.target or None,
+            target=wrong.value(lambda: AUDIT_TARGET.check("target", request.target), "") or None,
             start=wrong.value(lambda: _time(request, request.start_time, "start_time"), None),
             end=wrong.value(lambda: _time(request, request.end_time, "end_time"), None),
         )
-        with wrong:
-            page_tokens.page_size(request.page_size)
         wrong.raise_any()
         filters = (which.user_id, which.target, which.start, which.end)
         page = requested_page(request, "audit_events", *filters, start=_START)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from outbox.v1 import batch_pb2, batch_service_pb2
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_etag, check_origin
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.respreading import Respreader
 from outbox_server.services.scheduler.servicers.batch_mapping import (
@@ -32,6 +32,7 @@ from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import Aborted, FailedPrecondition, InvalidInput, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.batch_options import check_no_nul
 from outbox_server.shared.intake.option_mapping import from_headers
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, whole_ms
 from outbox_server.shared.settings import format_duration
@@ -88,13 +89,11 @@ class BatchControl:
 
     async def update(self, request: batch_service_pb2.UpdateBatchRequest) -> batch_pb2.Batch:
         """Change templates, headers, start time and spacing of the unsent mail of a batch."""
-        user_id = acting_user(request.user_id)
-        batch_id = parse_id(request.batch.batch_id, "batch.batch_id")
         wrong = Violations()
+        user_id = wrong.value(lambda: acting_user(request.user_id), None)
+        batch_id = wrong.value(lambda: parse_id(request.batch.batch_id, "batch.batch_id"), 0)
         names = wrong.value(lambda: _masked(request), ())
         values = wrong.value(lambda: _values(request.batch, names), dict[str, Any]())
-        with wrong:
-            check_origin(request)
         wrong.raise_any()
         new: dict[str, str | None] = {name: values[name] for name in TEXTS if name in values}
         for _ in range(_TRIES):
@@ -305,7 +304,8 @@ def _values(batch: batch_pb2.Batch, names: Sequence[str]) -> dict[str, Any]:
             elif name == "spacing":
                 values[name] = _spacing(batch) if given else 0
             else:
-                values[name] = getattr(batch, name) if given else None
+                text: str = getattr(batch, name)
+                values[name] = check_no_nul(f"batch.{name}", text) if given else None
     wrong.raise_any()
     return values
 

@@ -37,6 +37,7 @@ from outbox_server.services.scheduler.servicers.calls import (
     acting_user,
     check_file_type,
     checked_list,
+    checked_options,
     errors_name,
     listed_user,
 )
@@ -56,7 +57,7 @@ from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.errors import InvalidInput, Unavailable, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.batch_options import BatchOptions
-from outbox_server.shared.intake.option_mapping import from_options, to_rejections
+from outbox_server.shared.intake.option_mapping import to_rejections
 from outbox_server.shared.intake.payloads import (
     CsvPayload,
     Payload,
@@ -113,8 +114,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from one message."""
-        user_id = acting_user(request.options.user_id, "options.user_id")
-        options = from_options(request.options, validate_only=request.validate_only)
+        user_id, options = checked_options(request.options, validate_only=request.validate_only)
         bind_contextvars(request_id=options.request_id)
         payload = partial(_payload, request)
         accept = self._intake.accept_small if _is_small(request) else self._accept_whole
@@ -144,8 +144,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "options":
             raise _out_of_order("options", "must be set in the first message")
-        user_id = acting_user(first.options.user_id, "options.user_id")
-        options = from_options(first.options, validate_only=first.validate_only)
+        user_id, options = checked_options(first.options, validate_only=first.validate_only)
         bind_contextvars(request_id=options.request_id)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
         with errors_name("chunk"):
@@ -164,8 +163,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         first = await anext(messages, None)
         if first is None:
             raise _out_of_order("options", "must be set in the first message")
-        user_id = acting_user(first.options.user_id, "options.user_id")
-        options = from_options(first.options, validate_only=first.validate_only)
+        user_id, options = checked_options(first.options, validate_only=first.validate_only)
         bind_contextvars(request_id=options.request_id)
         check_file_type(first.file.content_type)
         payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
@@ -181,15 +179,16 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.PreviewBatchResponse:
         """Return the mails of some rows of a batch that is not stored."""
-        user_id = acting_user(request.options.user_id, "options.user_id")
-        options = from_options(request.options, validate_only=True)
+        wrong = Violations()
         for index, number in enumerate(request.row_numbers):
-            if number < 1:
-                raise InvalidInput.field(
-                    f"row_numbers[{index}]",
-                    f"must be at least 1 (got {number})",
-                    reason="ROW_NUMBER_INVALID",
-                )
+            with wrong:
+                if number < 1:
+                    raise InvalidInput.field(
+                        f"row_numbers[{index}]",
+                        f"must be at least 1 (got {number})",
+                        reason="ROW_NUMBER_INVALID",
+                    )
+        user_id, options = checked_options(request.options, validate_only=True, found=wrong)
         with errors_name(request.WhichOneof("payload") or "payload"):
             found = await self._previewer.preview(
                 options, _payload(request), request.row_numbers, user_id
@@ -202,8 +201,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.SendTestEmailResponse:
         """Accept one mail as a test."""
-        user_id = acting_user(request.options.user_id, "options.user_id")
-        options = options_of_test(request.options)
+        user_id, options = options_of_test(request.options)
         bind_contextvars(request_id=options.request_id)
         row = request.recipient
         payload = RowsPayload([_raw_row(row)], 1)

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
-from outbox.v1 import batch_service_pb2, sender_service_pb2
+from outbox.v1 import batch_pb2, batch_service_pb2, sender_service_pb2
 
 from outbox_server.services.scheduler.filters.fields import Filter, FilterField, check_filter
 from outbox_server.services.scheduler.filters.grammar import parse_filter
@@ -20,7 +20,8 @@ from outbox_server.shared.callers import (
     require_user,
 )
 from outbox_server.shared.errors import InvalidInput, Violations
-from outbox_server.shared.rpc import page_tokens
+from outbox_server.shared.intake.batch_options import BatchOptions
+from outbox_server.shared.intake.option_mapping import from_options
 from outbox_server.shared.rpc.paging import ListRequest
 from outbox_server.shared.rpc.proto_mapping import from_timestamp
 
@@ -47,14 +48,14 @@ def acting_user(requested: str, field: str = "user_id") -> str | None:
     return effective_user(current_caller(), requested, field)
 
 
-def named_user(requested: str) -> str:
+def named_user(requested: str, field: str = "user_id") -> str:
     """Return the user to act for. The call needs one user.
 
     Raises:
         PermissionDenied: USER_MISMATCH.
         InvalidInput: USER_ID_INVALID, USER_ID_REQUIRED.
     """
-    return require_user(current_caller(), requested)
+    return require_user(current_caller(), requested, field)
 
 
 def listed_user(requested: str, *, narrowed: bool) -> str | None:
@@ -69,6 +70,22 @@ def listed_user(requested: str, *, narrowed: bool) -> str | None:
     if narrowed or current_caller().kind is CallerKind.OPERATOR:
         return acting_user(requested)
     return named_user(requested)
+
+
+def checked_options(
+    options: batch_pb2.BatchOptions, *, validate_only: bool = False, found: Violations | None = None
+) -> tuple[str | None, BatchOptions]:
+    """Return the user to act for (None means any), and the options of a batch.
+
+    `found` has errors about other fields; they are raised with those found here.
+
+    Raises:
+        PermissionDenied: USER_MISMATCH.
+        InvalidInput, NotFound: USER_ID_INVALID; see `from_options`.
+    """
+    found = found or Violations()
+    user_id = found.value(lambda: acting_user(options.user_id, "options.user_id"), None)
+    return user_id, from_options(options, validate_only=validate_only, found=found)
 
 
 @contextmanager
@@ -114,8 +131,6 @@ def checked_list(
     """Return the filter of a list, and whether it is descending. Errors are added to `wrong`."""
     tree = wrong.value(lambda: check_filter(parse_filter(request.filter), fields), None)
     _, descending = wrong.value(lambda: check_order(request.order_by, orders), ("", False))
-    with wrong:
-        page_tokens.page_size(request.page_size)
     return tree, descending
 
 

@@ -221,13 +221,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     async def _retry_set(
         self, request: email_job_service_pb2.RetryEmailJobsRequest
     ) -> email_job_service_pb2.RetryEmailJobsResponse:
-        if request.email_job_ids:
-            raise InvalidInput.field(
-                "email_job_ids",
-                "cannot be combined with `filter` and `validate_only`",
-                reason="FILTER_INVALID",
-            )
-        which, part = changed_jobs(request, "retry")
+        which, part = changed_jobs(request, "retry", lambda: _check_no_ids(request))
         events = JobEvents(self._changes, request, which.user_id)
 
         async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
@@ -299,8 +293,6 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         context: Context,
     ) -> email_job_pb2.EmailJob:
         """Move a job out of UNCERTAIN, as the caller decides."""
-        user_id = acting_user(request.user_id)
-        job_id = parse_id(request.email_job_id, "email_job_id")
         wanted = _RESOLUTIONS.get(request.resolution)
         if wanted is None:
             raise InvalidInput.field(
@@ -308,6 +300,8 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
                 "must be UNCERTAIN_RESOLUTION_SENT or UNCERTAIN_RESOLUTION_RESEND",
                 reason="RESOLUTION_INVALID",
             )
+        user_id = acting_user(request.user_id)
+        job_id = parse_id(request.email_job_id, "email_job_id")
 
         async def decide(connection: AsyncConnection) -> Made[email_job_pb2.EmailJob]:
             job = await storage.read_job(connection, job_id, user_id)
@@ -410,6 +404,15 @@ def _made(
         address=answer.recipient,
         changed=changed,
     )
+
+
+def _check_no_ids(request: email_job_service_pb2.RetryEmailJobsRequest) -> None:
+    if request.email_job_ids:
+        raise InvalidInput.field(
+            "email_job_ids",
+            "cannot be combined with `filter` and `validate_only`",
+            reason="FILTER_INVALID",
+        )
 
 
 def _failed(

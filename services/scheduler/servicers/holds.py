@@ -22,7 +22,7 @@ from outbox_server.services.scheduler.storage.holds import (
     HeldSenderRecord,
 )
 from outbox_server.shared.database.engine import snapshot
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.holds.storage import begin_hold
 from outbox_server.shared.rpc.proto_mapping import (
@@ -156,18 +156,25 @@ def _wanted(given: hold_pb2.HeldFilter, *, everything: bool) -> HeldFilter:
 
 
 def _filter(given: hold_pb2.HeldFilter) -> HeldFilter:
-    if given.state not in _STATES:
-        raise InvalidInput.field(
-            "filter.state", f"must be WAITING or SENDING (got {given.state})", reason=_INVALID
-        )
-    due_from = _time(given, given.due_start_time, "due_start_time")
-    due_before = _time(given, given.due_end_time, "due_end_time")
-    if due_from is not None and due_before is not None and due_from >= due_before:
-        raise InvalidInput.field(
-            "filter.due_end_time", "must be later than due_start_time", reason=_INVALID
-        )
+    wrong = Violations()
+    with wrong:
+        if given.state not in _STATES:
+            raise InvalidInput.field(
+                "filter.state",
+                f"must be HELD_STATE_WAITING or HELD_STATE_SENDING (got {given.state})",
+                reason=_INVALID,
+            )
+    due_from = wrong.value(lambda: _time(given, given.due_start_time, "due_start_time"), None)
+    due_before = wrong.value(lambda: _time(given, given.due_end_time, "due_end_time"), None)
+    with wrong:
+        if due_from is not None and due_before is not None and due_from >= due_before:
+            raise InvalidInput.field(
+                "filter.due_end_time", "must be later than due_start_time", reason=_INVALID
+            )
+    user_id = wrong.value(lambda: acting_user(given.user_id, "filter.user_id"), None)
+    wrong.raise_any()
     return HeldFilter(
-        user_id=acting_user(given.user_id, "filter.user_id"),
+        user_id=user_id,
         sender_id=parse_id(given.sender_id, "filter.sender_id") if given.sender_id else None,
         batch_id=parse_id(given.batch_id, "filter.batch_id") if given.batch_id else None,
         due_from=due_from,

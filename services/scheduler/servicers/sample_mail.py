@@ -9,9 +9,9 @@ from typing import Final
 
 from outbox.v1 import batch_pb2
 
+from outbox_server.services.scheduler.servicers.calls import checked_options
 from outbox_server.shared.errors import FieldViolation, InvalidInput
 from outbox_server.shared.intake.batch_options import BatchOptions
-from outbox_server.shared.intake.option_mapping import from_options
 from outbox_server.shared.states import BatchMode
 
 # Options that mean nothing to one mail that is due at once, or name columns of a CSV.
@@ -28,17 +28,18 @@ _IGNORED: Final = (
 )
 
 
-def options_of_test(asked: batch_pb2.BatchOptions) -> BatchOptions:
-    """Return the options of the batch.
+def options_of_test(asked: batch_pb2.BatchOptions) -> tuple[str | None, BatchOptions]:
+    """Return the user to act for, and the options of the batch.
 
     Raises:
-        InvalidInput, NotFound: see `from_options`.
+        InvalidInput, NotFound: see `checked_options`.
     """
     options = batch_pb2.BatchOptions()
     options.CopyFrom(asked)
     for name in _IGNORED:
         options.ClearField(name)
-    return replace(from_options(options), mode=BatchMode.STRICT, test=True)
+    user_id, checked = checked_options(options)
+    return user_id, replace(checked, mode=BatchMode.STRICT, test=True)
 
 
 @contextmanager

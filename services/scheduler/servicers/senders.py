@@ -20,7 +20,6 @@ from outbox_server.services.scheduler.changes import (
     Changes,
     Made,
     check_etag,
-    check_origin,
     differences,
 )
 from outbox_server.services.scheduler.effective_limits import (
@@ -126,11 +125,9 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_pb2.Sender:
         """Create a sender."""
-        user_id = named_user(request.user_id)
         wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
         values = wrong.value(lambda: self._values(request.sender, self._columns), dict[str, Any]())
-        with wrong:
-            check_origin(request)
         wrong.raise_any()
 
         async def create(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
@@ -190,8 +187,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_service_pb2.ListSendersResponse:
         """Return one page of a user's senders."""
-        user_id = named_user(request.user_id)
         wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
         tree, descending = checked_list(request, SENDER_FIELDS, SENDER_ORDERS, wrong)
         state = wrong.value(lambda: requested_enum(SenderState, request.state, "state"), None)
         wrong.raise_any()
@@ -221,15 +218,13 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_pb2.Sender:
         """Change some fields of a sender."""
-        user_id = acting_user(request.user_id)
         asked = request.sender
-        sender_id = parse_id(asked.sender_id, "sender.sender_id")
         mask = request.update_mask if request.HasField("update_mask") else None
         wrong = Violations()
+        user_id = wrong.value(lambda: acting_user(request.user_id), None)
+        sender_id = wrong.value(lambda: parse_id(asked.sender_id, "sender.sender_id"), 0)
         fields = wrong.value(lambda: tuple(self._masked(asked, mask)), ())
         values = wrong.value(lambda: self._values(asked, fields), dict[str, Any]())
-        with wrong:
-            check_origin(request)
         wrong.raise_any()
 
         async def update(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
@@ -304,11 +299,11 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_service_pb2.VerifySenderResponse:
         """Check that a sender's endpoint accepts mail."""
-        user_id = acting_user(request.user_id)
-        sender_id = parse_id(request.sender_id, "sender_id")
         recipient = request.recipient
         if recipient:
             recipient = self._address("recipient", recipient)
+        user_id = acting_user(request.user_id)
+        sender_id = parse_id(request.sender_id, "sender_id")
         async with self._engine.connect() as connection:
             found = await storage.read_endpoint(connection, sender_id, user_id)
         if found is None:
@@ -469,24 +464,16 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         if not sender.HasField("smtp"):
             columns = ("host", "port", "security", "username", "password", "ca")
             return {f"smtp_{column}": None for column in columns} | {"oauth2": None}
-        asked = sender.smtp
-        provider = provider_of("sender.smtp.preset", asked.preset)
-        host, port, security = complete_address(provider, asked.host, asked.port, asked.security)
-        endpoint = senders.check_endpoint(
-            "sender.smtp",
-            host,
-            port,
-            security=security,
-            username=asked.username,
-            password=asked.password,
-            ca=asked.ca_certificates,
-        )
-        refusal = self.verifier.egress.ports.refusal(endpoint.port)
-        if refusal:
-            raise InvalidInput.field("sender.smtp.port", refusal, reason="SMTP_ENDPOINT_INVALID")
+        wrong = Violations()
+        endpoint, provider = wrong.value(lambda: self._endpoint(sender.smtp), (None, None))
         oauth2 = None
-        if asked.HasField("oauth2"):
-            oauth2 = self._oauth2(asked.oauth2, endpoint, provider)
+        if sender.smtp.HasField("oauth2"):
+            oauth2 = wrong.value(
+                lambda: self._oauth2(sender.smtp.oauth2, endpoint, provider), dict[str, Any]()
+            )
+        wrong.raise_any()
+        if endpoint is None:
+            raise AssertionError("an error was lost")
         return {
             "smtp_host": endpoint.host,
             "smtp_port": endpoint.port,
@@ -497,10 +484,37 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             "oauth2": oauth2,
         }
 
+    def _endpoint(self, asked: sender_pb2.SmtpEndpoint) -> tuple[Endpoint, PresetProvider | None]:
+        """Return the endpoint, and the provider of its preset.
+
+        Raises:
+            InvalidInput: SMTP_ENDPOINT_INVALID.
+        """
+        wrong = Violations()
+        provider = wrong.value(lambda: provider_of("sender.smtp.preset", asked.preset), None)
+        host, port, security = complete_address(provider, asked.host, asked.port, asked.security)
+        with wrong:
+            endpoint = senders.check_endpoint(
+                "sender.smtp",
+                host,
+                port,
+                security=security,
+                username=asked.username,
+                password=asked.password,
+                ca=asked.ca_certificates,
+            )
+            refusal = self.verifier.egress.ports.refusal(endpoint.port)
+            if refusal:
+                raise InvalidInput.field(
+                    "sender.smtp.port", refusal, reason="SMTP_ENDPOINT_INVALID"
+                )
+        wrong.raise_any()
+        return endpoint, provider
+
     def _oauth2(
         self,
         asked: sender_pb2.OAuth2Credentials,
-        endpoint: Endpoint,
+        endpoint: Endpoint | None,
         provider: PresetProvider | None,
     ) -> _Columns:
         given = OAuth2Credentials(

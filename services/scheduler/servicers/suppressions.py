@@ -96,15 +96,13 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         context: Context,
     ) -> suppression_pb2.Suppression:
         """Suppress an address, and end the waiting jobs to it."""
-        user_id = named_user(request.user_id)
         asked = request.suppression
         wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
         address = wrong.value(lambda: check_sender_address("suppression.email", asked.email), "")
         reason = wrong.value(
             lambda: bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason), ""
         )
-        with wrong:
-            check_origin(request)
         wrong.raise_any()
 
         async def create(connection: AsyncConnection) -> Made[suppression_pb2.Suppression]:
@@ -217,8 +215,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
     async def _import(
         self, first: _ImportRequest, parts: AsyncIterator[Part]
     ) -> suppression_service_pb2.ImportSuppressionsResponse:
-        user_id = named_user(first.user_id)
-        options = _import_options(first)
+        user_id, options = _checked_import(first)
         answer = suppression_service_pb2.ImportSuppressionsResponse()
         with _own_fields(bool(options.email_column)):
             async with aclosing(self._imports.blocks(parts, options)) as blocks:
@@ -283,8 +280,12 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         context: Context,
     ) -> AsyncIterator[suppression_service_pb2.ExportSuppressionsResponse]:
         """Stream the user's suppressions."""
-        user_id = named_user(request.user_id)
-        tree = check_filter(parse_filter(request.filter), SUPPRESSION_FIELDS)
+        wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
+        tree = wrong.value(
+            lambda: check_filter(parse_filter(request.filter), SUPPRESSION_FIELDS), None
+        )
+        wrong.raise_any()
         stream = page_tokens.digest_filters(user_id, request.filter)
         place = page_tokens.decode_resume(request.resume_token, _EXPORT, stream)
         after: str | None = str(place[0]) if place else ""
@@ -308,8 +309,8 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         context: Context,
     ) -> suppression_service_pb2.ListSuppressionsResponse:
         """Return one page of a user's suppressions."""
-        user_id = named_user(request.user_id)
         wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
         tree, descending = checked_list(request, SUPPRESSION_FIELDS, SUPPRESSION_ORDERS, wrong)
         wrong.raise_any()
         filters = (request.filter, request.order_by)
@@ -333,8 +334,10 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         context: Context,
     ) -> suppression_service_pb2.EraseRecipientResponse:
         """Erase what is stored about one recipient."""
-        user_id = named_user(request.user_id)
-        address = check_sender_address("email", request.email)
+        wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
+        address = wrong.value(lambda: check_sender_address("email", request.email), "")
+        wrong.raise_any()
 
         async def erase() -> Made[suppression_service_pb2.EraseRecipientResponse]:
             erased = await erase_recipient(self._engine, self._loader, user_id, address)
@@ -360,13 +363,16 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         )
 
 
-def _import_options(first: _ImportRequest) -> ImportOptions:
-    """Return how an import is read.
+def _checked_import(first: _ImportRequest) -> tuple[str, ImportOptions]:
+    """Return the user of an import, and how it is read.
 
     Raises:
-        InvalidInput: SUPPRESSION_REASON_INVALID, EMAIL_COLUMN_INVALID, SKIP_LINES_INVALID.
+        PermissionDenied: USER_MISMATCH.
+        InvalidInput: USER_ID_REQUIRED, USER_ID_INVALID, SUPPRESSION_REASON_INVALID,
+            EMAIL_COLUMN_INVALID, SKIP_LINES_INVALID.
     """
     wrong = Violations()
+    user_id = wrong.value(lambda: named_user(first.user_id), "")
     with wrong:
         bounds.SUPPRESSION_REASON.check("suppression_reason", first.suppression_reason)
     with wrong:
@@ -374,7 +380,7 @@ def _import_options(first: _ImportRequest) -> ImportOptions:
     with wrong:
         check_origin(first)
     wrong.raise_any()
-    return ImportOptions(first.suppression_reason, first.email_column, first.skip_lines)
+    return user_id, ImportOptions(first.suppression_reason, first.email_column, first.skip_lines)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_origin, differences
-from outbox_server.services.scheduler.servicers.calls import Context, check_mask
+from outbox_server.services.scheduler.changes import Changes, Made, differences
+from outbox_server.services.scheduler.servicers.calls import Context, check_mask, named_user
 from outbox_server.services.scheduler.storage import users as storage
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller, require_user
@@ -82,10 +82,10 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
     ) -> user_pb2.User:
         """Change some quotas, limits or the domains of a user."""
         user = request.user
-        user_id = require_user(current_caller(), user.user_id)
         mask = request.update_mask if request.HasField("update_mask") else None
         values: dict[str, Any] = {}
         wrong = Violations()
+        user_id = wrong.value(lambda: named_user(user.user_id, "user.user_id"), "")
         for path in wrong.value(lambda: _paths(user, mask), ()):
             with wrong:
                 if path == _DOMAINS:
@@ -94,8 +94,6 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
                     values[_LIMIT_PATHS[path]] = _checked_limit(user.limits, path)
                 else:
                     values[_QUOTA_PATHS[path]] = _checked_quota(user.quotas, _QUOTA_PATHS[path])
-        with wrong:
-            check_origin(request)
         wrong.raise_any()
 
         async def update(connection: AsyncConnection) -> Made[user_pb2.User]:

@@ -15,7 +15,6 @@ from outbox_server.services.scheduler.changes import (
     Changes,
     Made,
     check_etag,
-    check_origin,
     differences,
 )
 from outbox_server.services.scheduler.servicers.calls import (
@@ -84,18 +83,16 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         context: Context,
     ) -> webhook_pb2.Webhook:
         """Create a webhook, and return its secret."""
-        user_id = named_user(request.user_id)
         asked = request.webhook
         sender_id = parse_id(asked.sender_id, "webhook.sender_id") if asked.sender_id else None
         wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
         values = {
             "url": wrong.value(lambda: self._poster.check_url("webhook.url", asked.url), ""),
             "states": wrong.value(lambda: _states(asked), list[int]()),
             "disabled": asked.disabled,
             "sender_id": sender_id,
         }
-        with wrong:
-            check_origin(request)
         wrong.raise_any()
 
         async def create(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
@@ -153,9 +150,12 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         context: Context,
     ) -> webhook_pb2.Webhook:
         """Change some fields of a webhook."""
-        user_id = acting_user(request.user_id)
         asked = request.webhook
-        webhook_id = parse_id(asked.webhook_id, "webhook.webhook_id")
+        wrong = Violations()
+        user_id = wrong.value(lambda: acting_user(request.user_id), None)
+        webhook_id = wrong.value(lambda: parse_id(asked.webhook_id, "webhook.webhook_id"), 0)
+        asked_values = wrong.value(lambda: self._values(request), dict[str, Any]())
+        wrong.raise_any()
 
         async def update(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
             before = await self._found(
@@ -163,7 +163,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             )
             check_etag(asked.etag, str(before.revision), "this webhook")
             await _check_sender(connection, asked.sender_id, before)
-            values = _differing(before, self._values(request))
+            values = _differing(before, asked_values)
             if not values:
                 return _made(before, changed=False)
             after = await storage.update_webhook(connection, webhook_id, user_id, values)
@@ -178,8 +178,8 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         context: Context,
     ) -> webhook_pb2.Webhook:
         """Replace the secret of a webhook, and return the new one."""
-        user_id = acting_user(request.user_id)
         keep = _old_secret_duration(request)
+        user_id = acting_user(request.user_id)
 
         async def rotate(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
             before = await self._found(connection, request.webhook_id, user_id, lock=True)
