@@ -62,7 +62,7 @@ def parse_duration(text: str) -> timedelta:
 def format_duration(value: timedelta) -> str:
     """Return the shortest text that `parse_duration` reads back as `value`."""
     milliseconds = round(value / _MILLISECOND)
-    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
         if milliseconds and milliseconds % size == 0:
             return f"{milliseconds // size}{unit}"
     if abs(milliseconds) > _SECOND_MS:

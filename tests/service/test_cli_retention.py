@@ -52,7 +52,7 @@ async def test_purge_shows_what_it_would_remove_and_removes_it(
 
         planned = await purge("--older-than", "30d", "--dry-run", "-o", "json")
         assert json.loads(planned.stdout) == {
-            "older_than": "720h",
+            "older_than": "30d",
             "dry_run": True,
             **found,
             "months": months,
@@ -62,7 +62,7 @@ async def test_purge_shows_what_it_would_remove_and_removes_it(
         monkeypatch.setenv("OUTBOX_RETENTION", "30d")
         done = await purge("-o", "json")
         assert json.loads(done.stdout) == {
-            "older_than": "720h",
+            "older_than": "30d",
             "dry_run": False,
             **found,
             "months": months,
@@ -72,7 +72,7 @@ async def test_purge_shows_what_it_would_remove_and_removes_it(
 
         again = await purge()
         assert (again.exit_code, again.stdout) == (0, "")
-        assert "nothing is older than 720h" in again.stderr
+        assert "nothing is older than 30d" in again.stderr
 
 
 @pytest.mark.parametrize(
