@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
+from urllib.parse import quote
 
-from sqlalchemy import BigInteger, Text, cast, func, insert, literal, select, tuple_, update
+from sqlalchemy import BigInteger, Text, cast, func, insert, literal, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -120,7 +121,7 @@ async def list_changes(
 async def erase_changes(connection: AsyncConnection, user_id: str, key: str) -> None:
     """Remove the texts about one recipient from a user's events. The events themselves stay.
 
-    `key` is the recipient's `address_key`.
+    `key` is the recipient's `address_key`. It is found also as a part of a URL (`anna%40b.org`).
     """
     texts = func.concat_ws(
         " ",
@@ -130,9 +131,12 @@ async def erase_changes(connection: AsyncConnection, user_id: str, key: str) -> 
         cast(AuditEvent.before, Text),
         cast(AuditEvent.after, Text),
     )
+    lower = func.lower(texts)
+    spellings = {key, *(quote(key, safe=safe).lower() for safe in ("", "+"))}
+    named = or_(*(func.strpos(lower, each) > 0 for each in sorted(spellings)))
     erased = (
         update(AuditEvent)
-        .where((AuditEvent.address_key == key) | (func.strpos(func.lower(texts), key) > 0))
+        .where((AuditEvent.address_key == key) | named)
         .values(target="", address_key=None, before=None, after=None, identity="", reason="")
     )
     await connection.execute(owned_by(erased, AuditEvent.user_id, user_id))

@@ -267,9 +267,11 @@ def _audited(record: BatchRecord) -> dict[str, Any]:
 
 
 def _shortened(text: str | None) -> str | None:
+    """Return a text, or its first words: an address that is cut would not be found to erase it."""
     if text is None or len(text) <= bounds.MAX_AUDITED_TEXT:
         return text
-    return f"{text[: bounds.MAX_AUDITED_TEXT]}... ({len(text):,} characters)"
+    words, *_ = text[: bounds.MAX_AUDITED_TEXT + 1].rsplit(None, 1)
+    return f"{words if len(words) <= bounds.MAX_AUDITED_TEXT else ''}... ({len(text):,} characters)"
 
 
 def _check_not_cancelled(batch: LockedBatch) -> None:

@@ -18,6 +18,7 @@ from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.exporting import JobExporter
 from outbox_server.services.scheduler.servicers.filtered_jobs import (
+    audited_time,
     changed_jobs,
     listed_jobs,
     new_time,
@@ -56,6 +57,9 @@ _RESOLUTIONS: Final = {
     email_job_service_pb2.UNCERTAIN_RESOLUTION_SENT: JobState.SENT,
     email_job_service_pb2.UNCERTAIN_RESOLUTION_RESEND: JobState.SCHEDULED,
 }
+# What jobs get, for the audit log.
+_RETRIED: Final = {"state": JobState.SCHEDULED.name}
+_CANCELLED: Final = {"state": JobState.CANCELLED.name}
 
 
 class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
@@ -201,7 +205,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         if which is None:
             return email_job_service_pb2.RetryEmailJobsResponse()
 
-        events = JobEvents(self._changes, request, user_id)
+        events = JobEvents(self._changes, request, user_id, _RETRIED, was=JobState.FAILED)
 
         async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
             retried = await retry_failed(
@@ -222,7 +226,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         self, request: email_job_service_pb2.RetryEmailJobsRequest
     ) -> email_job_service_pb2.RetryEmailJobsResponse:
         which, part = changed_jobs(request, "retry", lambda: _check_no_ids(request))
-        events = JobEvents(self._changes, request, which.user_id)
+        events = JobEvents(self._changes, request, which.user_id, _RETRIED, was=JobState.FAILED)
 
         async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
             done = await self._sets.retry(
@@ -244,7 +248,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     ) -> email_job_service_pb2.CancelEmailJobsResponse:
         """Cancel the waiting jobs that match a filter."""
         which, part = changed_jobs(request, "cancel")
-        events = JobEvents(self._changes, request, which.user_id)
+        events = JobEvents(self._changes, request, which.user_id, _CANCELLED)
 
         async def cancel() -> Made[email_job_service_pb2.CancelEmailJobsResponse]:
             done = await self._sets.cancel(
@@ -267,7 +271,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         """Give the waiting jobs that match a filter another due time."""
         which, part = changed_jobs(request, "reschedule", lambda: new_time(request))
         new = new_time(request)
-        events = JobEvents(self._changes, request, which.user_id)
+        events = JobEvents(self._changes, request, which.user_id, audited_time(new))
 
         async def reschedule() -> Made[email_job_service_pb2.RescheduleEmailJobsResponse]:
             done = await self._sets.reschedule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final, Protocol
 
 from outbox.v1 import email_job_service_pb2
@@ -32,6 +33,7 @@ from outbox_server.shared.bounds import MAX_EXPIRE_AFTER
 from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import from_duration, from_timestamp, parse_id
+from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import JobState, requested_enum
 
 _PARTS: Final = "parts of a set of jobs"
@@ -171,3 +173,11 @@ def new_time(request: email_job_service_pb2.RescheduleEmailJobsRequest) -> NewTi
     raise InvalidInput.field(
         "schedule_time", "one of `schedule_time` and `delay` must be set", reason="NEW_TIME_INVALID"
     )
+
+
+def audited_time(new: NewTime) -> dict[str, str]:
+    """Return a new due time for the audit log."""
+    if new.at is not None:
+        return {"schedule_time": new.at.isoformat()}
+    sign = "-" if new.delay < timedelta(0) else ""
+    return {"delay": f"{sign}{format_duration(abs(new.delay))}"}

@@ -67,7 +67,7 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
             held = await storage.lock_hold(connection) is not None
             if not held:
                 await begin_hold(connection, HoldReason.REQUESTED, _REQUESTED)
-            return Made(Empty(), after={}, changed=not held)
+            return Made(Empty(), before={"held": False}, after={"held": True}, changed=not held)
 
         await self._changes.make(request, None, Empty, begin)
         return await self._read(HeldFilter())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
@@ -12,6 +12,7 @@ from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.servicers.filtered_jobs import JobsRequest
 from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, owner_of_senders
 from outbox_server.services.scheduler.storage.reopening import ReopenedJobs
+from outbox_server.shared.states import JobState
 
 M = TypeVar("M", bound=Message)
 
@@ -23,9 +24,20 @@ class JobEvents:
     sender has one owner.
     """
 
-    def __init__(self, changes: Changes, request: Message, user_id: str | None) -> None:
+    def __init__(
+        self,
+        changes: Changes,
+        request: Message,
+        user_id: str | None,
+        became: Mapping[str, Any],
+        *,
+        was: JobState = JobState.SCHEDULED,
+    ) -> None:
+        """`was` is the state that all jobs had, `became` what each of them got."""
         self._changes = changes
         self._request = request
+        self._was = was
+        self._became = became
         self.owner = user_id
 
     async def record(self, connection: AsyncConnection, done: ChangedJobs) -> None:
@@ -45,10 +57,11 @@ class JobEvents:
     ) -> None:
         if self.owner is None:
             self.owner = await owner_of_senders(connection, sender_ids)
-        after: dict[str, Any] = {name: jobs}
+        after: dict[str, Any] = {**self._became, name: jobs}
         if self._jobs.filter:
             after["filter"] = self._jobs.filter
-        part = Made(self._request, self._target, self.owner, after=after)
+        before = {"state": self._was.name}
+        part = Made(self._request, self._target, self.owner, before=before, after=after)
         await self._changes.record_part(connection, self._request, part)
 
     @property

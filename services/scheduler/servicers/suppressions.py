@@ -144,15 +144,13 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
             raise _not_found(request.email) from None
 
         async def delete(connection: AsyncConnection) -> Made[Empty]:
-            if request.etag:
-                present = await storage.read_suppression(connection, user_id, address, lock=True)
-                if present is None:
-                    raise _not_found(request.email)
-                check_etag(request.etag, _etag(present), "this suppression")
-            deleted = await storage.delete_suppression(connection, user_id, address)
-            if not deleted:
+            present = await storage.read_suppression(connection, user_id, address, lock=True)
+            if present is None:
                 raise _not_found(request.email)
-            return Made(Empty(), f"suppressions/{address}", user_id, before={}, address=address)
+            check_etag(request.etag, _etag(present), "this suppression")
+            await storage.delete_suppression(connection, user_id, address)
+            before = {"reason": present.reason, "create_time": present.created_at.isoformat()}
+            return Made(Empty(), f"suppressions/{address}", user_id, before=before, address=address)
 
         return await self._changes.make(request, user_id, Empty, delete)
 

@@ -26,6 +26,7 @@ from sqlalchemy import (
     or_,
     select,
     tuple_,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, insert
@@ -54,6 +55,7 @@ from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
 from outbox_server.shared.database.models import (
     Attempt,
+    AuditEvent,
     Batch,
     BatchRejection,
     Cooldown,
@@ -275,4 +277,16 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
         .returning(Batch.id)
         .cte("own_batches")
     )
-    return select(func.count()).select_from(jobs).add_cte(replies, batches)
+    # What was said about these jobs, and the texts that UpdateBatch gave to a batch of this person.
+    about = [
+        literal(f"{kind}/", Text) + cast(rows.c.id, Text)
+        for kind, rows in (("email-jobs", picked), ("batches", batches))
+    ]
+    events = (
+        update(AuditEvent)
+        .where(AuditEvent.target.in_(union_all(*(select(target) for target in about))))
+        .values(before=null(), after=null(), identity="", reason="")
+        .returning(AuditEvent.id)
+        .cte("events")
+    )
+    return select(func.count()).select_from(jobs).add_cte(replies, batches, events)

@@ -1,0 +1,174 @@
+"""Each method that changes something tells the audit log who did what, and the values before."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.timestamp_pb2 import Timestamp
+from outbox.v1.audit_pb2 import AuditEvent
+from outbox.v1.audit_service_pb2 import ListAuditEventsRequest
+from outbox.v1.sender_pb2 import Sender
+
+from outbox_server.shared.secrets import generate_key
+from tests.contract_methods import contract_methods
+from tests.scheduler_stack import Scheduler, running_scheduler
+
+SAID: Final = {"identity": "carol@example.com", "reason": "ticket 12"}
+# They are about no user's data.
+OF_NO_USER: Final = {"RevokeApiKey", "CreateApiKey", "BeginHold", "CancelHeldJobs"}
+# They are about an unnamed set.
+WITHOUT_TARGET: Final = {"BeginHold", "CancelHeldJobs", "ReleaseHeldJobs"}
+# What they change has no value before, or its value is a secret.
+WITHOUT_BEFORE: Final = {
+    *("ImportSuppressions", "ImportSuppressionsFile", "EraseRecipient"),
+    *("RotateWebhookSecret", "TestWebhook", "RedeliverWebhook"),
+    *("CancelHeldJobs", "ReleaseHeldJobs"),
+}
+
+
+@pytest.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(
+        database_url, redis_url, encryption_keys=generate_key()
+    ) as running:
+        yield running
+
+
+async def test_every_change_is_in_the_audit_log_with_the_values_before_and_after(
+    scheduler: Scheduler,
+) -> None:
+    began = datetime.now(UTC)
+    call = Changer(scheduler)
+    sender = await call("CreateSender", user_id="ann", sender={"email": "news@example.com"})
+    await change_mail(call, sender)
+    await change_the_rest(call)
+    await call("DeleteSender", sender_id=sender.sender_id, force=True)
+    # The last one of each kind: a value that was never set before has none before.
+    found = {event.action: event for event in reversed(await all_events(scheduler))}
+    expected = {
+        method.name
+        for method in contract_methods()
+        if {"identity", "reason"} <= set(method.input_type.fields_by_name)
+    }
+    assert found.keys() == expected
+    for event in found.values():
+        about = str(event)
+        assert (event.actor, event.identity, event.reason) == ("local", *SAID.values()), about
+        assert event.event_time.ToDatetime(UTC) >= began - timedelta(seconds=1), about
+        assert event.user_id == ("" if event.action in OF_NO_USER else "ann"), about
+        assert bool(event.target) == (event.action not in WITHOUT_TARGET), about
+        before, after = MessageToDict(event.before), MessageToDict(event.after)
+        assert bool(before) == (
+            not event.action.startswith("Create") and event.action not in WITHOUT_BEFORE
+        ), about
+        assert bool(after) == (not event.action.startswith("Delete")), about
+        assert before != after, about
+
+
+class Changer:
+    """Makes calls whose requests are written as dictionaries, with identity and reason."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._methods = {method.name: method for method in contract_methods()}
+
+    async def __call__(self, name: str, **fields: Any) -> Any:
+        method = self._methods[name]
+        request = GetMessageClass(method.input_type)(**fields, **SAID)
+        stubs = vars(self.scheduler).values()
+        call = next(getattr(stub, name) for stub in stubs if hasattr(stub, name))
+        return await call(iter([request]) if method.client_streaming else request)
+
+    def fail(self, batch_id: str) -> None:
+        """Let the jobs of a batch have failed."""
+        self._end(batch_id, 4)
+
+    def doubt(self, batch_id: str) -> None:
+        """Let the jobs of a batch be uncertain."""
+        self._end(batch_id, 5)
+
+    def _end(self, batch_id: str, state: int) -> None:
+        self.scheduler.execute(
+            "WITH moved AS (UPDATE email_jobs SET state = %s, finished_at = now()"
+            " WHERE batch_id = %s RETURNING sender_id, batch_id)"
+            " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+            " SELECT sender_id, batch_id, date_trunc('hour', now()), s, k FROM moved,"
+            " (VALUES (1, -1), (%s, 1)) AS v (s, k)",
+            *(state, int(batch_id), state),
+        )
+
+
+async def change_mail(call: Changer, sender: Sender) -> None:
+    scheduler = call.scheduler
+    which = {"sender_id": sender.sender_id}
+    await call("UpdateSender", sender={**which, "hourly_limit": 7})
+    await call("PauseSender", **which)
+    await call("ResumeSender", **which)
+
+    async def batch() -> dict[str, str]:
+        accepted = await scheduler.schedule(sender, "email\na@b.org\n")
+        return {"batch_id": accepted.batch.batch_id}
+
+    first, second, third, fourth = [await batch() for _ in range(4)]
+    await call("PauseBatch", **first)
+    await call("ResumeBatch", **first)
+    await call("UpdateBatch", batch={**first, "subject": "News"})
+    await call("RescheduleEmailJobs", **first, delay=Duration(seconds=60))
+    await call("RescheduleEmailJobs", **first, schedule_time=Timestamp(seconds=2_000_000_000))
+    await call("CancelBatch", **first)
+    job = scheduler.value("SELECT id FROM email_jobs WHERE batch_id = %s", int(second["batch_id"]))
+    await call("CancelEmailJob", email_job_id=str(job))
+    call.fail(third["batch_id"])
+    await call("RetryEmailJobs", **third)
+    call.fail(third["batch_id"])
+    await call("RetryEmailJobs", **third, filter="state = FAILED")
+    await call("CancelEmailJobs", **third)
+    call.doubt(fourth["batch_id"])
+    job = scheduler.value("SELECT id FROM email_jobs WHERE batch_id = %s", int(fourth["batch_id"]))
+    await call("ResolveEmailJob", email_job_id=str(job), resolution=1)
+
+    await batch()
+    await call("BeginHold")
+    await call("CancelHeldJobs", all=True)
+    await batch()
+    await call("BeginHold")
+    await call("ReleaseHeldJobs", filter={"user_id": "ann"})
+
+
+async def change_the_rest(call: Changer) -> None:
+    ann: dict[str, Any] = {"user_id": "ann"}
+    await call("CreateSuppression", **ann, suppression={"email": "x@y.org", "reason": "left"})
+    await call("DeleteSuppression", **ann, email="x@y.org")
+    await call("ImportSuppressions", **ann, chunk=b"email\nc@d.org\n")
+    file = {"data": b"email\ne@f.org\n", "content_type": "text/csv"}
+    await call("ImportSuppressionsFile", **ann, file=file)
+    await call("EraseRecipient", **ann, email="nobody@example.com")
+    await call("UpdateUser", user={**ann, "quotas": {"senders": 3}})
+    await call("UpdateUser", user={**ann, "quotas": {"senders": 4}})
+
+    # No address of it may be reached.
+    hook = await call("CreateWebhook", **ann, webhook={"url": "https://10.0.0.1/hook"})
+    one = {"webhook_id": hook.webhook_id}
+    await call("UpdateWebhook", webhook={**one, "disabled": True})
+    await call("RotateWebhookSecret", **one)
+    await call("TestWebhook", **one)
+    call.scheduler.execute(
+        "INSERT INTO webhook_deliveries (id, webhook_id, after_event, last_event, event_count,"
+        " error) VALUES (1, %s, 0, 1, 1, '')",
+        int(hook.webhook_id),
+    )
+    await call("RedeliverWebhook", **one)
+    await call("DeleteWebhook", **one)
+    key = (await call("CreateApiKey", api_key={"kind": 2})).api_key
+    await call("RevokeApiKey", api_key_id=key.api_key_id)
+
+
+async def all_events(scheduler: Scheduler) -> list[AuditEvent]:
+    answer = await scheduler.audit.ListAuditEvents(ListAuditEventsRequest(page_size=1_000))
+    return list(answer.audit_events)
