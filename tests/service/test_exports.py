@@ -80,6 +80,10 @@ async def test_an_export_has_each_job_once_with_its_last_attempt(scheduler: Sche
     assert [bool(each.resume_token) for each in messages] == [True, True, False]
     for fields, reason in (
         ({"resume_token": messages[0].resume_token, "user_id": "bob"}, "RESUME_TOKEN_INVALID"),
+        (
+            {"resume_token": messages[0].resume_token, "filter": "state = SENT"},
+            "RESUME_TOKEN_INVALID",
+        ),
         ({"resume_token": "x"}, "RESUME_TOKEN_INVALID"),
         ({"filter": "state ="}, "FILTER_INVALID"),
         ({"user_id": ""}, "USER_ID_REQUIRED"),
