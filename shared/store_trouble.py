@@ -55,8 +55,15 @@ _REPLIES: Final = {
     "WRONGPASS": "login refused",
 }
 _REPLY: Final = re.compile(rf"(?:^|-)({'|'.join(_REPLIES)})\b")
-# A script's error if a key that it uses is on another node, as the slot is being moved.
-_NON_LOCAL: Final = "non local key"
+# Parts of the errors of scripts, which have no such word.
+_IN_SCRIPTS: Final = {
+    # A key of the script is on another node, as the slot is being moved.
+    "non local key": MOVING,
+    "ACL failure": "permission denied",
+    # The server has renamed it.
+    "nknown Redis command": "command disabled",
+    "unknown command": "command disabled",
+}
 _KINDS: Final[tuple[tuple[type[Exception], str], ...]] = (
     # The server closed the connection after the login.
     (redis_errors.AuthenticationError, "login refused"),
@@ -134,8 +141,10 @@ def _of_driver(cause: BaseException, text: str) -> str:
         return "login refused"
     if (refusal := refusal_of(cause)) is not None:
         return _REPLIES[refusal]
-    if isinstance(cause, redis_errors.RedisError) and _NON_LOCAL in text:
-        return MOVING
+    if isinstance(cause, redis_errors.RedisError):
+        for part, words in _IN_SCRIPTS.items():
+            if part in text:
+                return words
     return next((words for kind, words in _KINDS if isinstance(cause, kind)), FAILED)
 
 

@@ -433,6 +433,14 @@ class Queue:
         found = await self._run("find_outdated", (self.keys.ready,), args)
         return [int(sender) for sender in found]
 
+    async def check_serving(self) -> None:
+        """Check that the server executes all that the scripts need, and leave nothing there.
+
+        Raises:
+            redis.exceptions.RedisError, OSError: it does not.
+        """
+        await self._run("serves", (self.keys.ready, self.keys.health), ())
+
     async def read_life(self) -> int:
         """Read the life of the shard into `life`. Returns Redis' time, in Unix ms."""
         life, now_ms = await self._run("read_life", (self.keys.ready,), ())

@@ -31,6 +31,7 @@ SCRIPTS = (
     "limiter",
     "backlog",
     "upcoming",
+    "serves",
 )
 _INCLUDE = re.compile(r"^--!include (\w+)$", re.MULTILINE)
 

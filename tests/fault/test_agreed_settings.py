@@ -106,7 +106,7 @@ async def test_two_dispatchers_keep_the_old_and_then_the_new_window_and_gap(
         world = await stack.enter_async_context(World(settings_of(values)))
         senders = [await world.sender(limit=limit) for _ in range(6)]
         for sender in senders:
-            await world.schedule(sender, 12)
+            await world.schedule(sender, 20)
         for number in range(2):
             await stack.enter_async_context(process(values, tmp_path / f"{number}.log"))
         await eventually(partial(at_least, 26, inbox.mails))
@@ -129,7 +129,7 @@ async def test_two_dispatchers_keep_the_old_and_then_the_new_window_and_gap(
         assert json.loads(shorter.stdout)["settings"]["rate_window"] == "500ms"
         await eventually(world.done)
 
-    assert len(changed) < 72 - 20
+    assert len(changed) < 120 - 20
     for sender in senders:
         # The first window is the strictest until the change, and the second one afterwards.
         early = [mail for mail in middle if set(jobs_in([mail])) <= changed]
@@ -139,7 +139,7 @@ async def test_two_dispatchers_keep_the_old_and_then_the_new_window_and_gap(
         late = [mail for mail in middle if not set(jobs_in([mail])) <= changed]
         assert gap_of(late, sender) >= 0.3
     assert set(jobs_in(inbox.mails).values()) == {1}
-    assert len(inbox.mails) == 72
+    assert len(inbox.mails) == 120
 
 
 async def test_one_shard_then_four_then_one_while_mail_is_sent(

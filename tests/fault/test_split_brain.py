@@ -174,7 +174,7 @@ async def test_a_mail_in_flight_at_the_old_master_counts_at_the_new_one_for_as_l
     held = Wait()
     async with ScriptedServer({"body": [(held, Succeed())]}) as server:
         one, two = (
-            settings_of(options(database_url, url, server.url, min_gap="100ms", lease="2s"))
+            settings_of(options(database_url, url, server.url, min_gap="100ms", lease="5s"))
             for url in (first.url, second.url)
         )
         async with World(one) as world, World(two) as other, running(one), running(two):
@@ -188,7 +188,7 @@ async def test_a_mail_in_flight_at_the_old_master_counts_at_the_new_one_for_as_l
             await eventually(partial(world.done, control))
             # Its dispatcher renews the lease at the first master only, beyond the first lease.
             lease = (await world.job(begun)).lease_until
-            await eventually(partial(is_renewed, world, begun, lease + timedelta(seconds=3)))
+            await eventually(partial(is_renewed, world, begun, lease + timedelta(seconds=1)))
             await world.schedule(control, 3, load=False)
             await other.loader.load([control], committed=True)
             await eventually(partial(world.done, control))

@@ -52,6 +52,17 @@ async def replica(stores: Stores, _: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def without_a_command(stores: Stores, _: str) -> AsyncIterator[None]:
+    """An access rule forbids one of the commands that scripts use."""
+    async with Redis.from_url(stores.redis.url) as client:
+        await client.acl_setuser("default", enabled=True, commands=["-info"], reset=False)
+        try:
+            yield
+        finally:
+            await client.acl_setuser("default", enabled=True, commands=["+info"], reset=False)
+
+
+@asynccontextmanager
 async def read_only(stores: Stores, database: str) -> AsyncIterator[None]:
     change = sql.SQL("ALTER DATABASE {} {} default_transaction_read_only{}")
     name = sql.Identifier(database)
@@ -110,6 +121,7 @@ async def ready_dispatcher(
     [
         (full, "redis: out of memory"),
         (replica, "redis: read-only replica"),
+        (without_a_command, "redis: permission denied"),
         (read_only, "postgresql: read-only server"),
         (without_a_column, "postgresql: column missing"),
         (without_a_privilege, "postgresql: permission denied"),

@@ -45,3 +45,13 @@ def test_scripts_build_all_keys_from_the_prefix_of_the_shard() -> None:
     for path in LUA.rglob("*.lua"):
         if path.name not in ("keys.lua", "life.lua"):
             assert "prefix .." not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_health_check_uses_every_command_that_scripts_use() -> None:
+    command = re.compile(r"redis\.p?call\(\s*'(\w+)'")
+    used = {
+        found
+        for path in LUA.rglob("*.lua")
+        for found in command.findall(path.read_text(encoding="utf-8"))
+    }
+    assert {*command.findall(read_script("serves"))} == used

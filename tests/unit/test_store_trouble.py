@@ -43,6 +43,13 @@ def error_of(reply: str) -> Exception:
             None,
             "slot is being moved",
         ),
+        (
+            "ERR ACL failure in script: User app has no permissions to run the 'info' command",
+            None,
+            "permission denied",
+        ),
+        ("ERR Unknown Redis command called from script", None, "command disabled"),
+        ("ERR unknown command 'EVALSHA', with args beginning with:", None, "command disabled"),
         ("WRONGTYPE Operation against a key", None, "failed"),
     ],
 )
