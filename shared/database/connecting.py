@@ -35,6 +35,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
+    "client_encoding": "UTF8",
 }
 # A parameter of psycopg, which libpq does not know.
 _PREPARE: Final = re.compile(r"([?&])prepare_threshold=([^&]*)(&|$)")

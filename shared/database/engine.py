@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Final
 
 import psycopg
 from sqlalchemy import event
@@ -28,6 +29,20 @@ LOCK_TIMEOUT = timedelta(seconds=10)
 # Otherwise its locks would last for hours, and no event of any user is shown while a transaction
 # that has written events is open (`shared.events.storage`).
 _IDLE_TIMEOUT_MS = 60_000
+# What a database or a role may set otherwise, and what the driver and our statements rely on.
+_FIXED: Final[Mapping[str, str]] = {
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "intervalstyle": "postgres",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "array_nulls": "on",
+    "transform_null_equals": "off",
+    "default_transaction_isolation": "read committed",
+    # The pool keeps its connections.
+    "idle_session_timeout": "0",
+    "jit": "off",
+}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
@@ -68,8 +83,7 @@ def create_engine(
         "statement_timeout": str(0 if patient else STATEMENT_TIMEOUT_MS),
         "lock_timeout": str(0 if patient else lock_timeout // _MILLISECOND),
         "idle_in_transaction_session_timeout": str(0 if patient else _IDLE_TIMEOUT_MS),
-        "timezone": "UTC",
-        "jit": "off",
+        **_FIXED,
     }
     if lookups_only:
         # Read in the order of the index, too: a bitmap scan that sorts a million jobs of a sender

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import grpc
 import psycopg
 import pytest
+from psycopg import sql
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -56,7 +57,9 @@ async def test_mail_is_sent_through_a_pooler_that_is_killed_and_then_leads_to_an
     async with (
         TcpProxy(lambda: stores.postgres.port) as first,
         pooler(first.port, DATABASE, password_of(stores)) as bouncer,
+        AsyncExitStack() as stack,
     ):
+        stack.enter_context(administrated(stores))
         values = options(
             bouncer.url(DATABASE), redis_url, inbox.url, lease="15s", dispatcher_concurrency=3
         )
@@ -111,34 +114,58 @@ async def test_mail_is_sent_through_a_pooler_that_is_killed_and_then_leads_to_an
         assert sent.total() == accepted == 75, dispatcher.log()
 
 
-@pytest.mark.usefixtures("database_url")
+# The settings of a transaction, and values that an administrator may have chosen for the database.
+OURS = {
+    "statement_timeout": ("1min", "700ms"),
+    "TimeZone": ("UTC", "Asia/Kolkata"),
+    "enable_seqscan": ("off", "on"),
+    "lock_timeout": ("10s", "50ms"),
+    "idle_in_transaction_session_timeout": ("1min", "300ms"),
+    "DateStyle": ("ISO, DMY", "SQL, DMY"),
+    "IntervalStyle": ("postgres", "iso_8601"),
+    "bytea_output": ("hex", "escape"),
+    "array_nulls": ("on", "off"),
+}
+
+
+@contextmanager
+def administrated(stores: Stores) -> Iterator[None]:
+    """Let the database have other settings than Outbox needs."""
+    change = sql.SQL("ALTER DATABASE {} {}")
+    for name, (_, value) in OURS.items():
+        setting = sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
+        stores.administrate(change.format(sql.Identifier(DATABASE), setting))
+    try:
+        yield
+    finally:
+        stores.administrate(change.format(sql.Identifier(DATABASE), sql.SQL("RESET ALL")))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
 async def test_settings_hold_in_each_transaction_and_do_not_reach_other_clients(
-    stores: Stores,
+    stores: Stores, database_url: str, *, pooled: bool
 ) -> None:
-    names = (
-        "statement_timeout",
-        "TimeZone",
-        "enable_seqscan",
-        "lock_timeout",
-        "idle_in_transaction_session_timeout",
-    )
-    async with pooler(stores.postgres.port, DATABASE, password_of(stores)) as bouncer:
-        url = bouncer.url(DATABASE)
+    ours = [value for value, _ in OURS.values()]
+    async with AsyncExitStack() as stack:
+        stack.enter_context(administrated(stores))
+        url = database_url
+        if pooled:
+            port = stores.postgres.port
+            bouncer = await stack.enter_async_context(pooler(port, DATABASE, password_of(stores)))
+            url = bouncer.url(DATABASE)
         kinds: list[dict[str, bool]] = [{}, {"single_statements": True}]
         for kind in kinds:
             async with engine_of(url, lookups_only=True, **kind) as engine:
                 for _ in range(2):
                     async with engine.connect() as connection:
-                        found = await shown(connection, *names)
-                        assert found == ["1min", "UTC", "off", "10s", "1min"]
+                        assert await shown(connection, *OURS) == ours
                 async with snapshot(engine) as connection:
                     assert await shown(connection, "transaction_read_only") == ["on"]
-                    assert await shown(connection, *names) == found
+                    assert await shown(connection, *OURS) == ours
         with psycopg.connect(url, autocommit=True) as other:
-            for name, value in zip(names, ("0", "UTC", "on", "0", "0"), strict=True):
+            for name, (_, value) in OURS.items():
                 row = other.execute(f"SHOW {name}".encode()).fetchone()
-                assert row is not None
-                assert name == "TimeZone" or row[0] == value
+                assert row == (value,)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
