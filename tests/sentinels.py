@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class WatchedPair:
     primary: ValkeyServer
     replica: ValkeyServer
     sentinel: Redis
-    # The first host does not answer, so a client asks the next one.
+    # The first host does not answer, and the second one names a server that is gone, as a Sentinel
+    # does that is cut off from the others. So a client asks the next one.
     url: str
 
     async def fail_over(self) -> None:
@@ -46,24 +48,19 @@ async def watched_pair(binary: Path, folder: Path) -> AsyncIterator[WatchedPair]
     for server in (primary, replica):
         server.password = ""
     place, port = folder / "sentinel", free_port()
-    place.mkdir()
-    sentinel = Child(
-        "Sentinel",
-        [binary, place / "sentinel.conf", "--sentinel", "--port", str(port), "--bind", LOOPBACK],
-        log=place / "log",
-        cwd=place,
-    )
+    sentinel = _sentinel(binary, place, port)
+    other_port = free_port()
+    other = _sentinel(binary, folder / "outdated", other_port)
     try:
         await primary.start()
         await replica.start()
-        (place / "sentinel.conf").write_text(
-            f"sentinel monitor main {LOOPBACK} {primary.port} 1\n"
-            "sentinel down-after-milliseconds main 1000\n"
-        )
+        _watch(place, primary.port, 1_000)
+        _watch(folder / "outdated", free_port(), 3_600_000)
         async with Redis.from_url(replica.url) as client:
             follow: Any = client.replicaof
             await follow(LOOPBACK, primary.port)
         sentinel.start()
+        other.start()
         async with Redis(port=port, decode_responses=True) as client:
             command: Any = client.execute_command
 
@@ -75,9 +72,35 @@ async def watched_pair(binary: Path, folder: Path) -> AsyncIterator[WatchedPair]
                 return bool(found) and found[0]["master-link-status"] == "ok"
 
             await eventually(knows_the_replica)
-            url = f"redis+sentinel://{LOOPBACK}:{free_port()},{LOOPBACK}:{port}/main/0"
+            async with Redis(port=other_port) as outdated:
+                await eventually(partial(answers, outdated))
+            hosts = ",".join(f"{LOOPBACK}:{each}" for each in (free_port(), other_port, port))
+            url = f"redis+sentinel://{hosts}/main/0"
             yield WatchedPair(primary, replica, client, url)
     finally:
+        await other.stop()
         await sentinel.stop()
         await replica.kill()
         await primary.kill()
+
+
+def _sentinel(binary: Path, folder: Path, port: int) -> Child:
+    folder.mkdir()
+    words: list[str | Path] = [binary, folder / "sentinel.conf", "--sentinel"]
+    words += ["--port", str(port), "--bind", LOOPBACK]
+    return Child("Sentinel", words, log=folder / "log", cwd=folder)
+
+
+def _watch(folder: Path, port: int, down_after_ms: int) -> None:
+    (folder / "sentinel.conf").write_text(
+        f"sentinel monitor main {LOOPBACK} {port} 1\n"
+        f"sentinel down-after-milliseconds main {down_after_ms}\n"
+    )
+
+
+async def answers(client: Redis) -> bool:
+    """Return whether the server of a client can be reached."""
+    try:
+        return bool(await client.ping())
+    except QUEUE_ERRORS:
+        return False

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from urllib.parse import parse_qsl
 
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -29,6 +30,12 @@ _CALL_LIMIT_S = 5.0
 _CONNECT_LIMIT_S = 2.0
 # A listener waits without a time limit, so the kernel must detect that the server is gone.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
+
+_OF_TCP = ("socket_keepalive", "socket_keepalive_options")
+# The parameters of the URL of one server, besides those of TLS.
+_PARAMETERS = frozenset(
+    ("db", "username", "password", "client_name", "socket_timeout", "socket_connect_timeout")
+)
 
 # The errors of calls when Redis is unreachable, slow or out of memory.
 QUEUE_ERRORS = (RedisError, OSError)
@@ -56,11 +63,14 @@ def connect(settings: Settings, *, listening: bool = False) -> FollowingClient:
         return connect_by_sentinel(settings.redis_url, options)
     if settings.redis_url.startswith(cluster.SCHEMES):
         return connect_to_cluster(settings.redis_url, options)
+    _refuse_unknown(settings.redis_url)
+    if settings.redis_url.startswith("unix://"):
+        options = {name: value for name, value in options.items() if name not in _OF_TCP}
     try:
         pool: Any = FollowingPool.from_url(settings.redis_url, **options)
-        # Only a connection object shows which parameters are known. It does not connect.
+        # Only a connection object shows which values redis-py accepts. It does not connect.
         pool.make_connection()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RedisError) as error:
         raise ConfigurationError(f"OUTBOX_REDIS_URL: {_cause(error)}") from None
     return FollowingClient(pool)
 
@@ -77,6 +87,17 @@ async def nodes_of(redis: FollowingClient) -> Sequence[FollowingClient]:
         redis.exceptions.RedisError: the nodes of a cluster cannot be found.
     """
     return await redis.nodes() if isinstance(redis, ClusterClient) else [redis]
+
+
+def _refuse_unknown(url: str) -> None:
+    """Refuse parameters that would change how this client works, and those that do not exist.
+
+    Raises:
+        ConfigurationError: the URL has one.
+    """
+    for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True):
+        if name not in _PARAMETERS and not name.startswith("ssl_"):
+            raise ConfigurationError(f"OUTBOX_REDIS_URL: unknown parameter {name[:50]!r}")
 
 
 def _cause(error: Exception) -> str:

@@ -127,6 +127,11 @@ class FollowingPool(ConnectionPool):
             self._depart()
         self._address = address
 
+    def doubt(self) -> None:
+        """Tell the place that its server may be the wrong one."""
+        if self.place is not None and self._address is not None:
+            self.place.doubt(self._address)
+
     def judge(self, error: RedisError, address: Address | None) -> bool:
         """Note an error of the server at this address. Returns whether to leave the server.
 
@@ -185,6 +190,7 @@ class FollowingClient(Redis):
 
     async def leave_server(self) -> None:
         """Let the next calls use new connections, which may lead to another server."""
+        self._pool.doubt()
         self.scripts.leave()
         await self._pool.disconnect(inuse_connections=False)
 

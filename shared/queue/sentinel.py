@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
+from redis.exceptions import RedisError
 
 from outbox_server.shared.queue.following import FollowingClient, FollowingPool
 from outbox_server.shared.queue.host_urls import malformed, parse_hosts_url
@@ -39,14 +40,40 @@ class PrimaryPlace:
     def __init__(self, manager: Sentinel, name: str) -> None:
         self._manager = manager
         self._name = name
+        # Those that were named and could not be reached, or did not serve.
+        self._doubted: set[Address] = set()
 
     async def find(self) -> Address:
-        """Return the address of the primary. It is asked for each time, so it is never outdated."""
-        host, port = await self._manager.discover_master(self._name)
-        return str(host), int(port)
+        """Return the address of the primary, asked for each time, so that it is never outdated.
+
+        A sentinel that is cut off from the others may go on naming a former primary. So an address
+        that was doubted counts only if no sentinel names another one.
+        """
+        sentinels = self._manager.sentinels
+        found: list[Address] = []
+        failures: list[str] = []
+        for sentinel in tuple(sentinels):
+            try:
+                state = (await sentinel.sentinel_masters()).get(self._name)
+            except (RedisError, OSError) as error:
+                failures.append(str(error))
+                continue
+            if state and self._manager.check_master_state(state, self._name):
+                found.append((str(state["ip"]), int(state["port"])))
+                if found[-1] not in self._doubted:
+                    # The next time, it is asked first.
+                    sentinels.remove(sentinel)
+                    sentinels.insert(0, sentinel)
+                    return found[-1]
+        self._doubted.clear()
+        if not found:
+            causes = "".join(f"; {failure}" for failure in failures)
+            raise MasterNotFoundError(f"no sentinel knows a primary {self._name!r}{causes}")
+        return found[0]
 
     def doubt(self, address: Address) -> None:
-        """Do nothing: see `find`."""
+        """Let the other sentinels be asked, too."""
+        self._doubted.add(address)
 
     def moved(self, address: Address) -> None:
         """Do nothing: a server that Sentinel watches is no part of a cluster."""

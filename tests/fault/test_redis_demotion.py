@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from outbox_server.deploy.wheels import valkey_binary
 from tests.conftest import Stores
 from tests.dispatchers import DispatcherProcess, options, process, readiness, settings_of
 from tests.eventually import eventually
-from tests.sentinels import watched_pair
+from tests.sentinels import answers, watched_pair
 from tests.world import World, jobs_in
 
 GAP_MS = 50
@@ -120,6 +121,7 @@ async def test_mail_goes_on_after_a_failover_by_sentinel(
             process(values, tmp_path / "log") as dispatcher,
             World(settings_of(values)) as world,
         ):
+            await eventually(partial(answers, world.redis))
             await schedule(world, dispatcher, 40)
             await eventually(lambda: len(inbox.mails) > 2)
             if killed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from outbox_server.shared.queue.connection import QUEUE_ERRORS, connect
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import eventually
-from tests.sentinels import watched_pair
+from tests.sentinels import answers, watched_pair
 
 
 async def port_of(client: Redis) -> int:
@@ -26,6 +27,9 @@ async def test_calls_and_listeners_follow_a_failover(stores: Stores, tmp_path: P
     async with watched_pair(stores.redis.binary or valkey_binary(), tmp_path) as watched:
         settings = load_settings(redis_url=watched.url)
         async with connect(settings) as client, connect(settings, listening=True) as listening:
+            # The first sentinel that answers names a server that is gone. The next call asks others.
+            for each in (client, listening):
+                await eventually(partial(answers, each))
             assert await port_of(client) == watched.primary.port
             await watched.fail_over()
 
