@@ -128,9 +128,13 @@ manifests: $(READY) ## Render the chart to deploy/manifests, and list the settin
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
 	$(BIN)/outbox drill --minutes 1 --seed 1
 
+.PHONY: pgbouncer
+pgbouncer:
+	@$(PACKAGES) pgbouncer
+
 .PHONY: drill-stores
-drill-stores: $(READY) ## The same on a Redis Cluster and PgBouncer (apt-get install pgbouncer)
-	$(BIN)/outbox drill --minutes 1 --seed 13 --stores cluster
+drill-stores: pgbouncer $(READY) ## The same on a Redis Cluster, PgBouncer and a PostgreSQL that fails over
+	$(BIN)/outbox drill --minutes 0.6 --seed 13 --stores cluster
 
 .PHONY: drill-production
 drill-production: $(READY) ## The same with TLS, keys and secrets in files, and rolling restarts

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import psycopg
 from alembic import op
-from sqlalchemy import text
+from sqlalchemy import exists, select, text
+from sqlalchemy import table as column_table
 
 from outbox_server.shared.database.connecting import connect_directly
 from outbox_server.shared.database.migrating import LOCK_TIMEOUT_MS, Say
@@ -40,10 +41,15 @@ def create_index_concurrently(
         op.create_index(name, table, columns, postgresql_concurrently=True, **options)
 
 
-def drop_index_concurrently(name: str, table: str) -> None:
-    """Drop an index while the table is read and written. It must be a migration of its own."""
+def drop_index_if_unused(name: str, table: str) -> None:
+    """Drop an index that this release does not use, if no earlier one can. A migration of its own.
+
+    While the table has rows, processes of an earlier release may run, now or after a rollback, and
+    would read the whole table instead. A later release drops the index there, too.
+    """
     with _outside_of_a_transaction():
-        op.drop_index(name, table, postgresql_concurrently=True, if_exists=True)
+        if not op.get_bind().scalar(select(exists().select_from(column_table(table)))):
+            op.drop_index(name, table, postgresql_concurrently=True, if_exists=True)
 
 
 @contextmanager

@@ -90,11 +90,11 @@ async def without_a_column(stores: Stores, database: str) -> AsyncIterator[None]
 @asynccontextmanager
 async def without_a_privilege(stores: Stores, database: str) -> AsyncIterator[None]:
     with psycopg.connect(stores.postgres.url(database, SUPERUSER), autocommit=True) as admin:
-        admin.execute("REVOKE UPDATE ON email_jobs FROM outbox")
+        admin.execute("REVOKE INSERT ON count_deltas FROM outbox")
         try:
             yield
         finally:
-            admin.execute("GRANT UPDATE ON email_jobs TO outbox")
+            admin.execute("GRANT INSERT ON count_deltas TO outbox")
 
 
 def end_sessions(stores: Stores, database: str) -> None:
