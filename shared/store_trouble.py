@@ -60,6 +60,8 @@ _IN_SCRIPTS: Final = {
     # A key of the script is on another node, as the slot is being moved.
     "non local key": MOVING,
     "ACL failure": "permission denied",
+    # Of Redis 6.2.
+    "executing the script can't": "permission denied",
     # The server has renamed it.
     "nknown Redis command": "command disabled",
     "unknown command": "command disabled",

@@ -48,6 +48,12 @@ def error_of(reply: str) -> Exception:
             None,
             "permission denied",
         ),
+        (
+            "ERR Error running script (call to f_1): @user_script:19: @user_script: 19: "
+            "The user executing the script can't run this command or subcommand",
+            None,
+            "permission denied",
+        ),
         ("ERR Unknown Redis command called from script", None, "command disabled"),
         ("ERR unknown command 'EVALSHA', with args beginning with:", None, "command disabled"),
         ("WRONGTYPE Operation against a key", None, "failed"),
