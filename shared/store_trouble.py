@@ -55,6 +55,19 @@ _REPLIES: Final = {
     "WRONGPASS": "login refused",
 }
 _REPLY: Final = re.compile(rf"(?:^|-)({'|'.join(_REPLIES)})\b")
+# Parts of the errors of connections that PostgreSQL refuses. psycopg has no SQLSTATE for them.
+_REFUSED: Final = {
+    "authentication failed": "login refused",
+    "not permitted to log in": "login refused",
+    "no pg_hba.conf entry": "login refused",
+    "too many connections": "out of resources",
+    "too many clients": "out of resources",
+    "remaining connection slots": "out of resources",
+    "is starting up": "starting or stopping",
+    "is shutting down": "starting or stopping",
+    "not currently accepting connections": "starting or stopping",
+}
+_MISSING: Final = re.compile(r'database "[^"]*" does not exist')
 # Parts of the errors of scripts, which have no such word.
 _IN_SCRIPTS: Final = {
     # A key of the script is on another node, as the slot is being moved.
@@ -138,9 +151,12 @@ def _of_driver(cause: BaseException, text: str) -> str:
     for length in (5, 3, 2):
         if state and state[:length] in _STATES:
             return _STATES[state[:length]]
-    # A refused login ends the connection, so that psycopg has no SQLSTATE for it.
-    if isinstance(cause, psycopg.OperationalError) and "authentication failed" in text:
-        return "login refused"
+    if isinstance(cause, psycopg.OperationalError):
+        if _MISSING.search(text):
+            return _STATES["3D000"]
+        for part, words in _REFUSED.items():
+            if part in text:
+                return words
     if (refusal := refusal_of(cause)) is not None:
         return _REPLIES[refusal]
     if isinstance(cause, redis_errors.RedisError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psycopg
 import pytest
 from redis._parsers import BaseParser
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -63,6 +64,23 @@ def test_a_reply_of_redis_is_named(reply: str, word: str | None, kind: str | Non
     error = error_of(reply)
     assert refusal_of(error) == word
     assert trouble_of(error).kind == (kind or "slot is being moved")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('FATAL:  password authentication failed for user "app"', "login refused"),
+        ('FATAL:  role "app" is not permitted to log in', "login refused"),
+        ('FATAL:  too many connections for role "app"', "out of resources"),
+        ("FATAL:  sorry, too many clients already", "out of resources"),
+        ('FATAL:  database "mail" does not exist', "database missing"),
+        ("FATAL:  the database system is starting up", "starting or stopping"),
+        ("Connection refused", "unreachable"),
+    ],
+)
+def test_a_refused_connection_to_postgresql_is_named(text: str, kind: str) -> None:
+    error = psycopg.OperationalError(f'connection failed: connection to server at "h", {text}')
+    assert trouble_of(error).kind == kind
 
 
 def test_a_server_that_does_not_answer_refuses_nothing() -> None:
