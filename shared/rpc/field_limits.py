@@ -45,9 +45,10 @@ class FieldLimit:
     exhausted: bool = False
     hint: str = ""
 
-    def error(self, path: str, got: int) -> OutboxError:
-        """Return the error for the field at `path`, which has `got`."""
-        wrong = f"must have at most {self.most:,} {self.unit.value} (got {got:,}){self.hint}"
+    def error(self, path: str, got: int, *, at_least: bool = False) -> OutboxError:
+        """Return the error for the field at `path`, which has `got`, or `at_least` so many."""
+        has = f"at least {got:,}" if at_least else f"{got:,}"
+        wrong = f"must have at most {self.most:,} {self.unit.value} (got {has}){self.hint}"
         if self.exhausted:
             return ResourceExhausted(f"{path}: {wrong}", reason=self.reason)
         return InvalidInput.field(path, wrong, reason=self.reason)

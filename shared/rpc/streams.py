@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -15,24 +15,27 @@ if TYPE_CHECKING:
 
     _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
+Decode: TypeAlias = Callable[[bytes], Awaitable[Any]]
+
 # How long an answer waits for the end of a stream that it does not need, in seconds.
 _REST_S: Final = 1.0
 
 
-async def complete_stream(messages: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
-    """Yield the messages; fail after the last one if the caller did not end the stream itself.
+async def complete_stream(
+    messages: AsyncIterator[bytes], context: _Context, decode: Decode
+) -> AsyncIterator[Any]:
+    """Yield the messages, decoded; fail at the end if the caller did not end the stream itself.
 
     grpc.aio reports a failed read (the caller cancelled or vanished, a message exceeded the size
     limit) as the end of the stream, and cancels the handler some steps later. So half an upload
     would look complete. Sending headers fails on such a call, which reveals it.
     """
-    async for message in messages:
-        check_fields(message)
+    async for message in checked_stream(messages, decode):
         yield message
     await uninterrupted(context.send_initial_metadata(()))
 
 
-async def read_the_rest(messages: AsyncIterator[Any]) -> None:
+async def read_the_rest(messages: AsyncIterator[bytes]) -> None:
     """Read what the caller still sends, so that it gets the answer that follows.
 
     A caller that uses grpc.aio may lose an answer that arrives while it sends; it then reports
@@ -45,9 +48,10 @@ async def read_the_rest(messages: AsyncIterator[Any]) -> None:
                 pass
 
 
-async def checked_stream(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yield the messages of a caller whose fields are within their limits."""
-    async for message in messages:
+async def checked_stream(messages: AsyncIterator[bytes], decode: Decode) -> AsyncIterator[Any]:
+    """Yield the decoded messages of a caller, whose fields are within their limits."""
+    async for data in messages:
+        message = await decode(data)
         check_fields(message)
         yield message
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import sys
 import time
+import weakref
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ from outbox_server.shared.errors import (
     FieldViolation,
     InvalidInput,
     Unavailable,
+    Violations,
 )
 from outbox_server.shared.rpc.server import GrpcServer
 from outbox_server.shared.settings import load_settings
@@ -95,6 +98,30 @@ async def test_an_unknown_error_reports_only_an_incident_id(
     logged = "".join(capsys.readouterr())
     assert incident in logged
     assert "the secret text" in logged
+
+
+async def test_a_refused_call_leaves_no_garbage(stack: Stack) -> None:
+    class Large:
+        pass
+
+    kept: list[weakref.ref[Large]] = []
+
+    async def fail() -> None:
+        large = Large()
+        kept.append(weakref.ref(large))
+        wrong = Violations()
+        for name in ("a", "b"):
+            with wrong:
+                raise InvalidInput.field(name, "is wrong")
+        wrong.raise_any()
+
+    stack.stats.behaviour = fail
+    gc.disable()  # a server runs a full collection every few minutes only
+    try:
+        await stack.refused(stack.call())
+        await eventually(lambda: kept[0]() is None)
+    finally:
+        gc.enable()
 
 
 async def test_an_answer_of_another_type_leaks_nothing(stack: Stack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -35,6 +36,7 @@ from tests.two_users import (
     p99,
     refusals,
     rivals,
+    whose_limit,
 )
 
 
@@ -72,6 +74,34 @@ async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_befo
             assert refusals(flood) == {("TOO_MANY_CALLS", "user eve"): 55}
             await check_as_fast(call, quiet)
         await give_up(flood)
+
+
+async def test_requests_of_many_empty_entries_leave_the_calls_of_another_as_fast_as_before(
+    database_url: str, redis_url: str
+) -> None:
+    # Each of them would take 0.25 s and 100 MB if it were decoded at once.
+    request = UpdateSenderRequest()
+    request.update_mask.paths.extend([""] * 2_400_000)
+    wire = request.SerializeToString()
+    async with (
+        rivals(database_url, redis_url) as both,
+        grpc.aio.insecure_channel(both.scheduler.address) as channel,
+    ):
+        hers = await both.sender(both.ann)
+        call, quiet = await quiet_and_loaded(both, hers)
+        update: Any = channel.unary_unary("/outbox.v1.SenderService/UpdateSender")
+        answers: Counter[tuple[str, str]] = Counter()
+
+        async def flood() -> None:
+            while True:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await update(wire, metadata=both.eve)
+                answers[whose_limit(caught.value)] += 1
+
+        floods = [asyncio.ensure_future(flood()) for _ in range(10)]
+        await check_as_fast(call, quiet)
+        await give_up(floods)
+        assert set(answers) == {("UPDATE_MASK_INVALID", "")}
 
 
 async def trickle(
