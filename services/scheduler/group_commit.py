@@ -30,6 +30,7 @@ from outbox_server.services.scheduler.storage.group_intake import (
     GroupIntakeStore,
     GroupTransaction,
     LockedSender,
+    OpenJobs,
 )
 from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
@@ -69,6 +70,10 @@ class StoredBatch:
 
 # What a call of a group gets: None means that it must go the usual way.
 _Outcome = StoredBatch | OutboxError | None
+
+
+class _NotCountedError(Exception):
+    """The open jobs of the user must be counted exactly, which the usual way does."""
 
 
 @dataclass(slots=True, eq=False)
@@ -252,7 +257,7 @@ class GroupCommit:
                 batch, record = self._prepare(each, sender, suppressed, waiting)
             except OutboxError as error:
                 outcomes[number] = error
-            except OverflowError:  # a time beyond the year 9999
+            except (OverflowError, _NotCountedError):  # or a time beyond the year 9999
                 outcomes[number] = None
             else:
                 written.append(batch)
@@ -283,7 +288,7 @@ class GroupCommit:
         each: _Waiting,
         found: LockedSender,
         suppressed: set[tuple[str, str, int | None]],
-        waiting: dict[str, int],
+        waiting: Mapping[str, OpenJobs],
     ) -> tuple[GroupedBatch, BatchRecord]:
         """Return what is written of a batch, and the batch; count its jobs in `waiting`.
 
@@ -291,6 +296,7 @@ class GroupCommit:
             ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
             PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
             OverflowError: a time is beyond the year 9999.
+            _NotCountedError: the user may have too many open jobs.
         """
         sender, options, user = found.sender, each.batch.options, found.sender.user_id
         if self._restrict_domains:
@@ -301,16 +307,16 @@ class GroupCommit:
             if (user, exact, SuppressionForm.EXACT) not in suppressed
             and (user, folded, None) not in suppressed
         ]
-        refusal = found.quotas.exceeded("waiting_jobs", user, waiting[user], len(rows))
+        refusal = found.quotas.exceeded("waiting_jobs", user, waiting[user].count, len(rows))
         if rows and refusal is not None:
-            raise refusal
+            raise refusal if waiting[user].exact else _NotCountedError
         start = max(options.schedule_time or found.now, found.now)
         schedule = Schedule(start, found.now, options.spacing_ms, options.expire_after_ms)
         times = schedule.times(rows)
         batch_id = self._store.ids.issue()
         first = self._store.ids.issue(len(rows)) if rows else 0
         jobs = job_values(rows, times, first, batch_id, options.sender_id, user_id=user)
-        waiting[user] += len(rows)
+        waiting[user].count += len(rows)
         counts = IntakeCounts(
             accepted=len(rows),
             duplicate=each.batch.duplicates,

@@ -220,38 +220,42 @@ def _user_statement() -> _Counts:
     )
 
 
-def _open_statement() -> Select[str, int]:
-    """Return (user_id, n). The waiting jobs of cancelled batches are counted among SCHEDULED."""
+def _most_open_statement() -> Select[str, int, bool]:
     waiting = int(JobState.SCHEDULED)
-    wanted = Sender.user_id == any_(bindparam("user_ids", type_=ARRAY(Text)))
-    # Summed up first, because a sender may have many deltas.
+    wanted = any_(bindparam("user_ids", type_=ARRAY(Text)))
+    # Summed up first, because a sender may have many deltas. Then its user is looked up: a join
+    # could compare each sum with each sender of the user.
     deltas = (
         select(CountDelta.sender_id, func.sum(CountDelta.n).label("n"))
         .where(CountDelta.state == waiting)
         .group_by(CountDelta.sender_id)
         .subquery("deltas")
     )
-    # Of these users alone: another user may be cancelling very many batches.
-    theirs = BatchCancellation.sender_id.in_(select(Sender.id).where(wanted))
-    cancelled = union_all(
-        *_being_cancelled(BatchCancellation.sender_id.label("sender_id"), theirs, _sending())
-    ).subquery("cancelled")
+    owner = select(Sender.user_id).where(Sender.id == deltas.c.sender_id).scalar_subquery()
+    owned = select(owner.label("user_id"), deltas.c.n).subquery("owned")
     parts = union_all(
         select(Sender.user_id, SenderCount.n)
         .join(SenderCount, SenderCount.sender_id == Sender.id)
-        .where(wanted, SenderCount.state == waiting),
-        select(Sender.user_id, deltas.c.n)
-        .join(deltas, deltas.c.sender_id == Sender.id)
-        .where(wanted),
-        select(Sender.user_id, -cancelled.c.n)
-        .join(cancelled, cancelled.c.sender_id == Sender.id)
-        .where(wanted),
+        .where(Sender.user_id == wanted, SenderCount.state == waiting),
+        select(owned.c.user_id, owned.c.n).where(owned.c.user_id == wanted),
     ).subquery("part")
-    return select(parts.c.user_id, cast(func.sum(parts.c.n), BigInteger)).group_by(parts.c.user_id)
+    cancelling = (
+        select(BatchCancellation.batch_id)
+        .join(Sender, Sender.id == BatchCancellation.sender_id)
+        .where(Sender.user_id == parts.c.user_id)
+        .correlate(parts)
+        .exists()
+    )
+    return select(
+        parts.c.user_id,
+        cast(func.sum(parts.c.n), BigInteger).label("n"),
+        cancelling.label("cancelling"),
+    ).group_by(parts.c.user_id)
 
 
-# The open jobs of each of `user_ids` (see `JobCounts.open`). Users without any are missing.
-OPEN_COUNTS: Final = _open_statement()
+# The open jobs of each of `user_ids` (see `JobCounts.open`), with those of its batches that are
+# being cancelled, and whether there are such batches. Users without any are missing.
+MOST_OPEN_COUNTS: Final = _most_open_statement()
 _BATCH_COUNTS: Final = _batch_statement()
 _SENDER_COUNTS: Final = _sender_statement()
 _USER_COUNTS: Final = _user_statement()

@@ -40,7 +40,7 @@ from outbox_server.services.scheduler.storage.intake import (
 )
 from outbox_server.services.scheduler.storage.suppressions import suppression_lock
 from outbox_server.shared.database.count_deltas import counting_accepted
-from outbox_server.shared.database.counts import OPEN_COUNTS
+from outbox_server.shared.database.counts import MOST_OPEN_COUNTS
 from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.frequent import FrequentStatement, driver_within, named_rows
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression, UserRow
@@ -71,6 +71,14 @@ class LockedSender:
     locked: bool
     # The present time of the transaction.
     now: datetime
+
+
+@dataclass(slots=True)
+class OpenJobs:
+    """The number of open jobs of a user; if it is not `exact`, there may be fewer."""
+
+    count: int
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +217,7 @@ JOB_COLUMNS: Final = (
 # Built once, because that takes longer than to run them.
 _LOCK: Final = FrequentStatement(_lock_statement())
 _KNOWN: Final = FrequentStatement(_known_statement())
-_OPEN: Final = FrequentStatement(OPEN_COUNTS)
+_OPEN: Final = FrequentStatement(MOST_OPEN_COUNTS)
 _SUPPRESSED: Final = FrequentStatement(_suppressed_statement())
 _WRITE: Final = FrequentStatement(_write_statement())
 _LOCKED: Final = named_rows(
@@ -301,10 +309,11 @@ class GroupTransaction:
         rows = await _SUPPRESSED.run(self._driver, _columns(keys, "user_id", "address"))
         return {(user, address, form) for user, address, form in rows}
 
-    async def open_counts(self, user_ids: Collection[str]) -> dict[str, int]:
+    async def open_counts(self, user_ids: Collection[str]) -> dict[str, OpenJobs]:
         """Return the number of open jobs of each user."""
-        found = dict.fromkeys(user_ids, 0)
-        found |= dict(await _OPEN.run(self._driver, {"user_ids": list(found)}))
+        found = {user: OpenJobs(0) for user in user_ids}
+        for user, count, cancelling in await _OPEN.run(self._driver, {"user_ids": list(found)}):
+            found[user] = OpenJobs(count, exact=not cancelling)
         return found
 
     async def write(self, batches: Sequence[GroupedBatch]) -> None:
