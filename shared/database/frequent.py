@@ -7,6 +7,7 @@ takes a tenth of that. The statements are still written with SQLAlchemy, and com
 from __future__ import annotations
 
 import re
+import select
 from collections import namedtuple
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -139,7 +140,7 @@ class KeptConnections:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """Use a connection for single statements. One that an error has left unusable is closed."""
-        pooled, driver = self._idle.pop() if self._idle else await self._open()
+        pooled, driver = await self._take()
         try:
             yield driver
         except psycopg.Error as error:
@@ -157,6 +158,14 @@ class KeptConnections:
             await _drop(pooled)
             raise
         await self._keep(pooled, driver)
+
+    async def _take(self) -> tuple[AsyncConnection, psycopg.AsyncConnection[Any]]:
+        while self._idle:
+            pooled, driver = self._idle.pop()
+            if _is_quiet(driver):
+                return pooled, driver
+            await _drop(pooled)
+        return await self._open()
 
     async def _open(self) -> tuple[AsyncConnection, psycopg.AsyncConnection[Any]]:
         pooled = await self._engine.connect()
@@ -177,6 +186,15 @@ class KeptConnections:
         while self._idle:
             pooled, _ = self._idle.pop()
             await pooled.close()
+
+
+def _is_quiet(driver: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether nothing came on an idle connection, such as its end at a restart of PostgreSQL."""
+    if driver.closed:
+        return False
+    waiting = select.poll()
+    waiting.register(driver.fileno(), select.POLLIN)
+    return not waiting.poll(0)
 
 
 async def _drop(pooled: AsyncConnection) -> None:
