@@ -15,6 +15,7 @@ from outbox_server.services.scheduler.limits import Limits
 from outbox_server.services.scheduler.storage.batches import BatchRecord
 from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.database.frequent import KeptConnections
 from outbox_server.shared.forecast.forecasts import (
     HELD_NOTICE,
     Forecast,
@@ -71,8 +72,8 @@ class QuickForecaster:
     """Forecasts small batches, for many calls together, if that is quick."""
 
     def __init__(self, engine: AsyncEngine, rules: Rules) -> None:
-        # A single statement needs no transaction around it.
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        """`engine` is one of single statements."""
+        self._kept = KeptConnections(engine)
         self._rules = rules
         self._backlogs = Coalesced(self._read)
 
@@ -93,14 +94,15 @@ class QuickForecaster:
     async def close(self) -> None:
         """Wait for the reads in progress."""
         await self._backlogs.close()
+        await self._kept.aclose()
 
     async def _read(self, sender_ids: Sequence[int]) -> Mapping[int, QuickBacklog]:
         try:
             async with (
                 asyncio.timeout(_READ_LIMIT.total_seconds()),
-                self._engine.connect() as connection,
+                self._kept.connection() as driver,
             ):
-                return await read_quick(connection, sender_ids, self._rules)
+                return await read_quick(driver, sender_ids, self._rules)
         except DATABASE_ERRORS as error:
             _log.warning("no_quick_forecast", error=type(error).__name__)
             return {}

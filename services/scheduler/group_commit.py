@@ -144,6 +144,7 @@ class GroupCommit:
             for task in late:
                 task.cancel()
                 await asyncio.wait([task])
+        await self._store.close()
 
     async def _write_all(self) -> None:
         group: list[_Waiting] = []

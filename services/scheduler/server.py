@@ -117,6 +117,8 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         probes = await stack.enter_async_context(open_probes(settings))
         engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
+        statements = create_engine(settings, lookups_only=True, single_statements=True)
+        stack.push_async_callback(statements.dispose)
         redis = connect(settings)
         stack.push_async_callback(redis.aclose)
         monitoring = await stack.enter_async_context(
@@ -133,7 +135,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         stack.push_async_callback(templates.close)
         loads = ShardLoads(loader)
         stack.push_async_callback(loads.close)
-        forecaster = QuickForecaster(engine, Rules.from_settings(settings))
+        forecaster = QuickForecaster(statements, Rules.from_settings(settings))
         stack.push_async_callback(forecaster.close)
         intake = _intake(
             settings,
@@ -141,6 +143,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             loads,
             forecaster,
             templates,
+            statements=statements,
             ids=ids,
             metrics=SchedulerMetrics(monitoring.registry),
             trace_parent=None if tracer is None else tracer.current_parent,
@@ -279,6 +282,7 @@ def _intake(
     forecaster: QuickForecaster,
     templates: TemplateParser,
     *,
+    statements: AsyncEngine,
     ids: IdSource,
     metrics: SchedulerMetrics,
     trace_parent: Callable[[], str | None] | None,
@@ -288,7 +292,7 @@ def _intake(
     return Intake(
         IntakeStore(engine, quotas, ids),
         GroupCommit(
-            GroupIntakeStore(engine, quotas, ids),
+            GroupIntakeStore(statements, quotas, ids),
             loads.begin,
             restrict_domains=restrict_domains,
         ),

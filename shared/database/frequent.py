@@ -126,6 +126,15 @@ async def driver_within(
         raise
 
 
+@asynccontextmanager
+async def transaction_on(driver: psycopg.AsyncConnection[Any]) -> AsyncIterator[None]:
+    """Open a transaction on a connection of `KeptConnections`."""
+    async with driver.transaction():
+        if isinstance(driver, PostgresConnection) and driver.local_settings is not None:
+            await driver.execute(driver.local_settings)
+        yield
+
+
 class KeptConnections:
     """Connections of an engine of single statements that one part of the process keeps for itself.
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import psycopg
 from sqlalchemy import (
     BigInteger,
     Select,
@@ -23,11 +24,10 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects.postgresql import INTERVAL, aggregate_order_by
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
-from outbox_server.shared.database.frequent import FrequentStatement, driver_within, named_rows
+from outbox_server.shared.database.frequent import FrequentStatement, named_rows
 from outbox_server.shared.database.models import Attempt, EmailJob, Sender
 from outbox_server.shared.database.pauses import has_paused_batch
 from outbox_server.shared.forecast.job_groups import joined
@@ -122,12 +122,11 @@ _NAMED: Final = named_rows(_SELECTED.selected_columns.keys())
 
 
 async def read_quick(
-    connection: AsyncConnection, sender_ids: Sequence[int], rules: Rules
+    driver: psycopg.AsyncConnection[Any], sender_ids: Sequence[int], rules: Rules
 ) -> dict[int, QuickBacklog]:
     """Return the input of these senders' forecasts, from one snapshot."""
     values = {"senders": list(sender_ids), "window": rules.window, "lease": rules.lease}
-    async with driver_within(connection) as driver:
-        rows = await _STATEMENT.run(driver, values)
+    rows = await _STATEMENT.run(driver, values)
     return {row.id: _backlog_of(row, rules) for row in map(_NAMED, rows)}
 
 

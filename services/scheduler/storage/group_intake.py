@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import psycopg
 from sqlalchemy import (
@@ -31,7 +31,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.storage.intake import (
     IntakeSender,
@@ -42,12 +42,19 @@ from outbox_server.services.scheduler.storage.suppressions import suppression_lo
 from outbox_server.shared.database.count_deltas import counting_accepted
 from outbox_server.shared.database.counts import MOST_OPEN_COUNTS
 from outbox_server.shared.database.erased_keys import erased_key
-from outbox_server.shared.database.frequent import FrequentStatement, driver_within, named_rows
+from outbox_server.shared.database.frequent import (
+    FrequentStatement,
+    KeptConnections,
+    named_rows,
+    transaction_on,
+)
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression, UserRow
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS, quotas_of, user_lock
 from outbox_server.shared.user_quotas import QUOTAS, UserQuotas
+
+Driver: TypeAlias = psycopg.AsyncConnection[Any]
 
 # Older releases lock no request, so an insert may still wait for one of them.
 _LOCK_LIMIT: Final = "1s"
@@ -231,29 +238,26 @@ class GroupIntakeStore:
     def __init__(
         self, engine: AsyncEngine, quotas: UserQuotas, ids: IdSource | None = None
     ) -> None:
-        """`quotas` are the defaults, for users without overrides."""
-        self._engine = engine
+        """`engine` is one of single statements. `quotas` are for users without overrides."""
+        self._kept = KeptConnections(engine)
         self._quotas = quotas
         self.ids = ids or IdSource()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[AsyncConnection]:
-        """Hold a connection for several groups, which saves the time to test it for each."""
-        async with self._engine.connect() as connection:
-            yield connection
+    async def connection(self) -> AsyncIterator[Driver]:
+        """Hold a connection for several groups."""
+        async with self._kept.connection() as driver:
+            yield driver
 
     @asynccontextmanager
-    async def begin(self, connection: AsyncConnection) -> AsyncIterator[GroupTransaction]:
+    async def begin(self, driver: Driver) -> AsyncIterator[GroupTransaction]:
         """Open a transaction. It is committed at the end of the block, or rolled back."""
-        async with connection.begin(), driver_within(connection) as driver:
-            try:
-                yield GroupTransaction(driver, self._quotas)
-            except psycopg.OperationalError:
-                # These statements bypass SQLAlchemy, so the pool does not notice a closed
-                # connection.
-                if driver.closed:
-                    await connection.invalidate()
-                raise
+        async with transaction_on(driver):
+            yield GroupTransaction(driver, self._quotas)
+
+    async def close(self) -> None:
+        """Return the connection to the engine."""
+        await self._kept.aclose()
 
 
 class GroupTransaction:
@@ -263,7 +267,7 @@ class GroupTransaction:
     locks protect.
     """
 
-    def __init__(self, driver: psycopg.AsyncConnection[Any], default_quotas: UserQuotas) -> None:
+    def __init__(self, driver: Driver, default_quotas: UserQuotas) -> None:
         self._driver = driver
         self._default_quotas = default_quotas
 
