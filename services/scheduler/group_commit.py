@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
@@ -39,9 +39,11 @@ from outbox_server.services.scheduler.storage.intake import (
     KnownRequest,
     batch_values,
 )
-from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.database.engine import DATABASE_ERRORS, unix_ms
 from outbox_server.shared.errors import OutboxError
 from outbox_server.shared.fair_shares import Claimant
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.records import NewJobs
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import SuppressionForm
 
@@ -59,13 +61,17 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 _log = structlog.get_logger("outbox.intake")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StoredBatch:
     """A batch that was committed, or the one that has the same `request_id`."""
 
     sender: IntakeSender
     record: BatchRecord | None = None
     known: KnownRequest | None = None
+    # None: no job was accepted.
+    new: NewJobs | None = None
+    # Whether the new jobs are in Redis, once this is known.
+    loaded: asyncio.Future[bool | None] | None = None
 
 
 # What a call of a group gets: None means that it must go the usual way.
@@ -99,16 +105,16 @@ class GroupCommit:
     def __init__(
         self,
         store: GroupIntakeStore,
-        load: Callable[[int], object],
+        add: Callable[[int, NewJobs], asyncio.Future[bool | None]],
         *,
         restrict_domains: bool = False,
     ) -> None:
-        """`load` begins to load the head of a sender whose caller has left.
+        """`add` begins to add committed jobs to the head of a sender.
 
         With `restrict_domains`, senders need an address in a domain of their user.
         """
         self._store = store
-        self._load = load
+        self._add = add
         self._restrict_domains = restrict_domains
         # The waiting calls of each claimant. Claimants take turns.
         self._waiting: dict[Claimant, deque[_Waiting]] = {}
@@ -213,9 +219,10 @@ class GroupCommit:
     def _end(self, group: Sequence[_Waiting], outcomes: Sequence[_Outcome]) -> None:
         """Give the calls of a group their results, after the commit."""
         for each, outcome in zip(group, outcomes, strict=True):
+            if isinstance(outcome, StoredBatch) and outcome.new is not None:
+                # Even if the caller has left. All of a group at once, as they share markers.
+                outcome.loaded = self._add(outcome.sender.sender_id, outcome.new)
             if each.result.done():  # the caller has left
-                if isinstance(outcome, StoredBatch) and outcome.record is not None:
-                    self._load(outcome.record.sender_id)
                 continue
             if isinstance(outcome, OutboxError):
                 each.result.set_exception(outcome)
@@ -247,7 +254,7 @@ class GroupCommit:
         suppressed = await transaction.suppressed(keys) if keys else set()
         waiting = await transaction.open_counts(set(owners.values()))
         outcomes: dict[int, _Outcome] = {}
-        written: list[GroupedBatch] = []
+        written: list[tuple[GroupedBatch, StoredBatch]] = []
         for number, sender in locked.items():
             each = group[number]
             replayed = known.get((sender.sender.user_id, each.request_id))
@@ -261,10 +268,13 @@ class GroupCommit:
             except (OverflowError, _NotCountedError):  # or a time beyond the year 9999
                 outcomes[number] = None
             else:
-                written.append(batch)
-                outcomes[number] = StoredBatch(sender.sender, record)
+                written.append((batch, stored := StoredBatch(sender.sender, record)))
+                outcomes[number] = stored
         if written:
-            await transaction.write(written)
+            markers = await transaction.write([batch for batch, _ in written])
+            for batch, stored in written:
+                if batch.jobs:
+                    stored.new = NewJobs(_dues(batch), markers[stored.sender.sender_id])
         return self._without_locks(group, found, outcomes)
 
     def _without_locks(
@@ -351,3 +361,11 @@ class GroupCommit:
             last_due=schedule.last_due,
         )
         return GroupedBatch(values, jobs), record
+
+
+def _dues(batch: GroupedBatch) -> list[tuple[JobRef, int]]:
+    """Return the first attempt at each job, with its due time in Unix ms."""
+    return [
+        (JobRef(job["id"], 1), unix_ms(datetime.fromisoformat(job["scheduled_at"])))
+        for job in batch.jobs
+    ]

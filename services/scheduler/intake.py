@@ -197,7 +197,8 @@ class Intake:
             raise RuntimeError("a stored batch has no record")
         self._metrics.accepted(jobs=stored.record.accepted_count, rejected=0)
         reading = self._forecaster.begin(stored.record)
-        notices = () if await self._load(options.sender_id) else (_NOT_LOADED,)
+        done = True if stored.loaded is None else await asyncio.shield(stored.loaded)
+        notices = () if done else (_NOT_LOADED,)
         return Acceptance(
             stored.record.batch_id,
             stored.sender.user_id,

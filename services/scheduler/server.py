@@ -133,7 +133,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         templates = TemplateParser(settings, monitoring.registry)
         stack.push_async_callback(templates.close)
-        loads = ShardLoads(loader)
+        loads = ShardLoads(loader, statements)
         stack.push_async_callback(loads.close)
         forecaster = QuickForecaster(statements, Rules.from_settings(settings))
         stack.push_async_callback(forecaster.close)
@@ -293,7 +293,7 @@ def _intake(
         IntakeStore(engine, quotas, ids),
         GroupCommit(
             GroupIntakeStore(statements, quotas, ids),
-            loads.begin,
+            loads.add,
             restrict_domains=restrict_domains,
         ),
         loads.load,

@@ -1,38 +1,86 @@
-"""Loads heads for many calls at once: one load of all their senders."""
+"""Brings new jobs into Redis for many calls at once: those of all their senders together."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.shared.coalesced import Coalesced
-from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.heads.loader import HeadLoader, load_soon, soon
+from outbox_server.shared.heads.markers import DoneMarkers, MarkerDeletion
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.records import NewJobs
 
 
 class ShardLoads:
     """Loads heads, those of each shard together: one shard that fails does not fail the others."""
 
-    def __init__(self, loader: HeadLoader) -> None:
+    def __init__(self, loader: HeadLoader, statements: AsyncEngine) -> None:
+        """`statements` is an engine of single statements."""
         self._loader = loader
-        self._by_queue = {queue: Coalesced(partial(_load, loader)) for queue in loader.queues}
+        self._markers = MarkerDeletion(statements)
+        self._by_queue = {queue: Coalesced(self._work) for queue in loader.queues}
+        # What the next round adds to the heads of senders. None: it loads the head instead.
+        self._new: dict[int, list[NewJobs] | None] = {}
 
     async def load(self, sender_id: int) -> bool:
         """Load a head after a commit, by a load that begins after this call.
 
         Return whether it succeeded; the marker causes the load later if it did not.
         """
-        return bool(await asyncio.shield(self.begin(sender_id)))
+        self._new[sender_id] = None
+        return bool(await asyncio.shield(self._begin(sender_id)))
 
-    def begin(self, sender_id: int) -> asyncio.Future[bool | None]:
-        """Begin the same. Do not cancel the future, for which others wait too."""
-        return self._by_queue[self._loader.queue_of(sender_id)].begin(sender_id)
+    def add(self, sender_id: int, new: NewJobs) -> asyncio.Future[bool | None]:
+        """Begin to add jobs to a head. All those with the same marker must be added at once.
+
+        The future says the same. Do not cancel it, because others wait for it too.
+        """
+        others = self._new.setdefault(sender_id, [])
+        if others is not None:
+            others.append(new)
+        return self._begin(sender_id)
 
     async def close(self) -> None:
         """Wait for the loads in progress."""
         for loads in self._by_queue.values():
             await loads.close()
+        await self._markers.close()
+
+    def _begin(self, sender_id: int) -> asyncio.Future[bool | None]:
+        return self._by_queue[self._loader.queue_of(sender_id)].begin(sender_id)
+
+    async def _work(self, sender_ids: Sequence[int]) -> Mapping[int, bool]:
+        new = {sender_id: self._new.pop(sender_id, None) for sender_id in sender_ids}
+        added = {sender_id: some for sender_id, some in new.items() if some}
+        loaded = [sender_id for sender_id in sender_ids if sender_id not in added]
+        done: dict[int, bool] = {}
+        if added:
+            done |= dict.fromkeys(added, await soon(self._add(added), list(added)))
+        if loaded:
+            done |= dict.fromkeys(loaded, await load_soon(self._loader, loaded))
+        return done
+
+    async def _add(self, new: Mapping[int, Sequence[NewJobs]]) -> None:
+        """Add jobs to heads without reading PostgreSQL.
+
+        Senders that Redis does not know are loaded instead. With several shards all of them are,
+        because only PostgreSQL knows the shard of a sender.
+        """
+        unknown = list(new)
+        if len(self._loader.queues) == 1:
+            (queue,) = self._loader.queues
+            jobs = {sender_id: _all_jobs(some) for sender_id, some in new.items()}
+            unknown = await queue.add_jobs(jobs)
+            life, added = queue.life, new.keys() - unknown
+            if added:
+                ids = {each.marker_id for sender_id in added for each in new[sender_id]}
+                self._markers.begin(DoneMarkers(queue, life, sorted(ids)))
+        if unknown:
+            await self._loader.load(unknown, committed=True)
 
 
-async def _load(loader: HeadLoader, sender_ids: Sequence[int]) -> Mapping[int, bool]:
-    return dict.fromkeys(sender_ids, await load_soon(loader, sender_ids))
+def _all_jobs(new: Iterable[NewJobs]) -> list[tuple[JobRef, int]]:
+    return [job for each in new for job in each.jobs]

@@ -18,10 +18,9 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Row
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.shared.database.engine import snapshot
+from outbox_server.shared.database.engine import DATABASE_ERRORS, snapshot
 from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.heads.concerned import Walk
 from outbox_server.shared.heads.lives import Lives
@@ -414,7 +413,7 @@ async def load_soon(
 
     The commit is valid either way, and its marker causes the load later.
     """
-    return await _soon(loader.load(sender_ids, committed=True), sender_ids, limit)
+    return await soon(loader.load(sender_ids, committed=True), sender_ids, limit)
 
 
 async def load_user_soon(
@@ -425,18 +424,21 @@ async def load_user_soon(
     limit: timedelta = timedelta(seconds=3),
 ) -> bool:
     """Load a user's limits and its senders after a commit, like `load_soon`."""
-    return await _soon(loader.load_user(user_id, sender_ids), sender_ids, limit)
+    return await soon(loader.load_user(user_id, sender_ids), sender_ids, limit)
 
 
-async def _soon(
-    load: Coroutine[Any, Any, None], sender_ids: Iterable[int], limit: timedelta
+async def soon(
+    load: Coroutine[Any, Any, None],
+    sender_ids: Iterable[int],
+    limit: timedelta = timedelta(seconds=3),
 ) -> bool:
+    """Run what brings a commit into Redis, within `limit`, and return whether it succeeded."""
     from redis.exceptions import RedisError  # noqa: PLC0415 - the driver stays inside shared.queue
 
     try:
         async with asyncio.timeout(limit.total_seconds()):
             await load
-    except (RedisError, SQLAlchemyError, TimeoutError) as error:
+    except (RedisError, *DATABASE_ERRORS) as error:
         _log.warning("load_postponed", senders=list(sender_ids), error=type(error).__name__)
         return False
     return True

@@ -7,14 +7,20 @@ age.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from contextvars import Context
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import CTE, BigInteger, Text, any_, bindparam, delete, func, insert, select
+import structlog
+from sqlalchemy import CTE, BigInteger, Text, any_, bindparam, delete, func, insert, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.database.frequent import FrequentStatement, KeptConnections
 from outbox_server.shared.database.key_space import PARAMETER, is_key_space
 from outbox_server.shared.database.models import HeadMarker
 from outbox_server.shared.heads.lives import is_valid
@@ -30,6 +36,26 @@ _DELETE: Final = delete(HeadMarker).where(
 )
 
 
+# The same. If PostgreSQL crashes soon after, the markers are back, and cause one more load. So the
+# commit does not wait for the disk.
+_DELETE_LATER: Final = FrequentStatement(
+    _DELETE.where(
+        func.set_config("synchronous_commit", "off", literal(True)).is_not(None)
+    ).returning(HeadMarker.id)
+)
+_DELETION_LIMIT: Final = timedelta(seconds=10)
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DoneMarkers:
+    """Markers whose load into a life of a shard is done."""
+
+    queue: Queue
+    life: str
+    marker_ids: Sequence[int]
+
+
 async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:
     """Request a load of the heads of these senders, within the caller's transaction."""
     await connection.execute(
@@ -38,10 +64,14 @@ async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> 
 
 
 def marking_stale(moved: CTE) -> CTE:
-    """Return the part of a statement that requests a load of the heads of `moved.sender_id`."""
+    """Return the part of a statement that requests a load of the heads of `moved.sender_id`.
+
+    It returns `sender_id` and the `id` of the marker.
+    """
     # Not DISTINCT, which would compare the ids of the new markers too.
     senders = select(moved.c.sender_id).group_by(moved.c.sender_id)
-    return insert(HeadMarker).from_select(("sender_id",), senders).cte("markers")
+    marking = insert(HeadMarker).from_select(("sender_id",), senders)
+    return marking.returning(HeadMarker.sender_id, HeadMarker.id).cte("markers")
 
 
 async def read_abandoned(connection: AsyncConnection, limit: int) -> Sequence[int]:
@@ -65,5 +95,58 @@ async def delete_markers(
     stored settings have changed meanwhile: others have begun to load the next key space, maybe
     before the commit that wrote the markers.
     """
-    values = {PARAMETER: queue.key_space, "of_shard": queue.shard, "in_redis": life}
-    await connection.execute(_DELETE, values | {"markers": list(marker_ids)})
+    await connection.execute(_DELETE, _values(DoneMarkers(queue, life, marker_ids)))
+
+
+class MarkerDeletion:
+    """Deletes markers after the calls that they belong to, those of many calls at once."""
+
+    def __init__(self, statements: AsyncEngine) -> None:
+        """`statements` is an engine of single statements."""
+        self._kept = KeptConnections(statements)
+        self._done: list[DoneMarkers] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, done: DoneMarkers) -> None:
+        """Begin to delete markers. If that fails, they cause one more load."""
+        self._done.append(done)
+        if self._task is None:
+            # Without a call's context: it deletes the markers of many calls.
+            self._task = asyncio.create_task(self._run(), context=Context())
+
+    async def close(self) -> None:
+        """Wait for the deletion in progress."""
+        if self._task is not None:
+            await self._task
+        await self._kept.aclose()
+
+    async def _run(self) -> None:
+        try:
+            while self._done:
+                async with (
+                    asyncio.timeout(_DELETION_LIMIT.total_seconds()),
+                    self._kept.connection() as driver,
+                ):
+                    await _DELETE_LATER.run(driver, _values(self._next()))
+        except DATABASE_ERRORS as error:
+            _log.warning("markers_not_deleted", error=type(error).__name__)
+        finally:
+            self._task = None
+            self._done.clear()
+
+    def _next(self) -> DoneMarkers:
+        """Take the markers of one life."""
+        first = self._done[0]
+        same = [each for each in self._done if (each.queue, each.life) == (first.queue, first.life)]
+        self._done = [each for each in self._done if each not in same]
+        ids = [marker_id for each in same for marker_id in each.marker_ids]
+        return DoneMarkers(first.queue, first.life, ids)
+
+
+def _values(done: DoneMarkers) -> dict[str, Any]:
+    return {
+        PARAMETER: done.queue.key_space,
+        "of_shard": done.queue.shard,
+        "in_redis": done.life,
+        "markers": list(done.marker_ids),
+    }

@@ -106,7 +106,7 @@ def _head_arg(head: Head) -> bytes:
         "limited": head.user_limited,
         "endpoint": head.endpoint,
         "revision": str(head.revision),
-        "jobs": " ".join([f"{member_of(job)} {due_ms}" for job, due_ms in head.jobs]),
+        "jobs": _due(head.jobs),
         "ends": _ends(head.ends),
         "leases": _leases(head.leases),
         "opens": opens,
@@ -116,6 +116,10 @@ def _head_arg(head: Head) -> bytes:
         "wake": None if head.wake is None else max(1, _ms(head.wake)),
     }
     return _pack(fields)
+
+
+def _due(jobs: Iterable[tuple[JobRef, int]]) -> str:
+    return " ".join([f"{member_of(job)} {due_ms}" for job, due_ms in jobs])
 
 
 def _load_cost(head: Head) -> int:
@@ -354,6 +358,21 @@ class Queue:
             for change in changes:
                 self._report(change)
         return again
+
+    async def add_jobs(
+        self, new: Mapping[int, Iterable[tuple[JobRef, int]]], *, most: int = HEAD_SIZE
+    ) -> list[int]:
+        """Add committed jobs, each with its due time in Unix ms, to the heads of senders.
+
+        A head keeps its first `most` jobs. Returns the senders whose heads must be loaded instead,
+        because Redis does not know them.
+        """
+        args: list[Any] = [self._window, most]
+        for sender_id, jobs in new.items():
+            args += (sender_id, _due(jobs))
+        life, *unknown = await self._run("add_jobs", (self.keys.ready,), args)
+        self._found(life)
+        return list(map(int, unknown))
 
     async def begin_user_loads(self, users: Sequence[str], *, committed: bool) -> dict[str, str]:
         """Return the epoch of the limiter of each user; `begin_load` describes the rest.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum, StrEnum
@@ -112,6 +113,15 @@ class Settlement:
     server: str = ""
     # The code of the reply, if `connection_error` is a reply of the server.
     smtp_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewJobs:
+    """Jobs of one sender that were just committed, with the marker that requests their load."""
+
+    # Each with its due time in Unix ms.
+    jobs: Sequence[tuple[JobRef, int]]
+    marker_id: int
 
 
 class PastEnd(NamedTuple):

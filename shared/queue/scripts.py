@@ -17,6 +17,7 @@ SCRIPTS = (
     "settle",
     "begin_load",
     "load_head",
+    "add_jobs",
     "load_user",
     "find_lost",
     "find_outdated",

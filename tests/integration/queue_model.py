@@ -409,6 +409,24 @@ class QueueModel(CircuitsModel):
         self._look(sender_id, now)
         return True
 
+    def add_jobs(
+        self, now: int, sender_id: int, jobs: Sequence[tuple[str, int]], most: int
+    ) -> bool:
+        """Add committed jobs to the head of a sender; False if it is not known."""
+        if not self.is_known(sender_id):
+            return False
+        s = self.senders[sender_id]
+        s.epoch += 1
+        for member, due in jobs:
+            if due <= s.horizon and member not in s.leases:
+                s.due[member] = due
+        first = sorted(s.due.items(), key=lambda job: (job[1], job[0]))[:most]
+        if len(first) < len(s.due):
+            s.due = dict(first)
+            s.horizon = first[-1][1]
+        self._look(sender_id, now)
+        return True
+
     def find_lost(self, now: int, sender_ids: Sequence[int]) -> list[int]:
         """Return the senders that must be loaded; each has a waiting job."""
         lost = []

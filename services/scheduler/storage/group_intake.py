@@ -165,7 +165,8 @@ def _records(name: str, table: Any, columns: Sequence[str]) -> Any:
 def _write_statement() -> Any:
     """Return the statement that writes batches and their jobs.
 
-    It also counts the jobs, and requests loads of the heads of their senders.
+    It also counts the jobs, and requests loads of the heads of their senders by markers, which it
+    returns.
     """
     batches = _records("batches", Batch, BATCH_COLUMNS)
     jobs = _records("jobs", EmailJob, JOB_COLUMNS)
@@ -180,11 +181,11 @@ def _write_statement() -> Any:
         .where(new.c.accepted_count > 0)
         .cte("filled")
     )
+    marked = marking_stale(filled)
     return (
-        select(literal(1))
+        select(marked.c.sender_id, marked.c.id)
         .add_cte(insert(EmailJob).from_select(JOB_COLUMNS, select(*jobs.c)).cte("new_jobs"))
         .add_cte(counting_accepted(filled))
-        .add_cte(marking_stale(filled))
     )
 
 
@@ -320,8 +321,8 @@ class GroupTransaction:
             found[user] = OpenJobs(count, exact=not cancelling)
         return found
 
-    async def write(self, batches: Sequence[GroupedBatch]) -> None:
-        """Write batches and their jobs.
+    async def write(self, batches: Sequence[GroupedBatch]) -> dict[int, int]:
+        """Write batches and their jobs. Return the new marker of each sender with jobs.
 
         Raises:
             psycopg.errors.UniqueViolation: an id is in use, or another process has written a batch
@@ -331,7 +332,7 @@ class GroupTransaction:
             "batches": _as_json([batch.values for batch in batches]),
             "jobs": _as_json([job for batch in batches for job in batch.jobs]),
         }
-        await _WRITE.run(self._driver, values)
+        return dict(await _WRITE.run(self._driver, values))
 
 
 def _as_json(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -25,7 +25,7 @@ from tests.integration.queue.under_way import (
     Step,
 )
 from tests.integration.queue.user_steps import USERS, WINDOW, UserSteps, after_start
-from tests.integration.queue.world import ModelledInstallation, Send
+from tests.integration.queue.world import HEAD_SIZE, ModelledInstallation, Send
 from tests.integration.queue_model import QueueModel
 from tests.integration.queue_state import INFINITY, CircuitModel
 
@@ -131,6 +131,17 @@ class QueueSteps(UserSteps):
             self.loads.append(load)
         else:
             await self._apply(load)
+
+    async def _add(self, sender_id: int, jobs: list[tuple[JobRef, int]], marker: int) -> None:
+        """Add committed jobs to the head, or load it if the sender is not known."""
+        unknown = await self.queue.add_jobs({sender_id: jobs}, most=HEAD_SIZE)
+        members = [(member_of(job), due) for job, due in jobs]
+        if self.model.add_jobs(self.now_ms, sender_id, members, HEAD_SIZE):
+            assert unknown == []
+            self.world.markers.pop(marker)
+        else:
+            assert unknown == [sender_id]
+            await self._load(sender_id, committed=True)
 
     async def _apply(self, load: LoadUnderWay) -> None:
         if load.head.user_limited or any(self.everyone):

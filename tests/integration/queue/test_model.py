@@ -79,11 +79,16 @@ class QueueMachine(LimitSteps):
         dues=st.lists(st.sampled_from([-700, 0, 1, 400, 2000, 15_000]), min_size=1, max_size=6),
         dies=chances,
         waits=chances,
+        adds=chances,
     )
-    def intake(self, sender_id: int, dues: list[int], dies: bool, waits: bool) -> None:
-        self.world.add_jobs(sender_id, [self.now_ms + due for due in dues])
-        self.world.mark_stale(sender_id)
-        if not dies:
+    def intake(self, sender_id: int, dues: list[int], dies: bool, waits: bool, adds: bool) -> None:
+        jobs = self.world.add_jobs(sender_id, [self.now_ms + due for due in dues])
+        marker = self.world.mark_stale(sender_id)
+        if dies:
+            return
+        if adds and not waits:
+            self.do(self._add(sender_id, jobs, marker))
+        else:
             self.do(self._load(sender_id, committed=True, waits=waits))
 
     @rule(

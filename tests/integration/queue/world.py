@@ -96,13 +96,19 @@ class ModelledInstallation:
 
     # PostgreSQL ------------------------------------------------------------------------------
 
-    def add_jobs(self, sender_id: int, dues: list[int]) -> None:
+    def add_jobs(self, sender_id: int, dues: list[int]) -> list[tuple[JobRef, int]]:
+        """Add jobs; return the first attempt at each, with its due time."""
+        added = []
         for due in dues:
             job_id = len(self.jobs) + 1
             self.jobs[job_id] = ModelledJob(job_id, sender_id, due)
+            added.append((JobRef(job_id, 1), due))
+        return added
 
-    def mark_stale(self, sender_id: int) -> None:
-        self.markers[next(self.marker_ids)] = sender_id
+    def mark_stale(self, sender_id: int) -> int:
+        number = next(self.marker_ids)
+        self.markers[number] = sender_id
+        return number
 
     def in_state(self, state: JobState, sender_id: int | None = None) -> Iterator[ModelledJob]:
         for job in self.jobs.values():
