@@ -1,12 +1,16 @@
-"""Cancels, retries and reschedules the jobs that match a filter, in parts, for about a second.
+"""Cancels, retries and reschedules the jobs that match a filter, for about a second per call.
 
-What is left then is for the next call, which begins where this one has ended.
+The matching jobs are found and stored in parts. What is left of them after a second is for the next
+call, which begins where this one has ended. The rows of many jobs are written by a loop, which runs
+in every scheduler. Only one process writes the rows of a batch at a time. If it dies, another
+continues.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -15,18 +19,26 @@ from typing import Final, TypeAlias
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.filters.fields import FieldTest, both
+from outbox_server.services.scheduler.storage import job_changes
 from outbox_server.services.scheduler.storage import job_sets as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.job_changes import NewTime
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
-from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, NewTime
+from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, SetChange
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.database.models import JobChangeKind
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
-from outbox_server.shared.states import JobState
+from outbox_server.shared.loops import Loop
 from outbox_server.shared.user_quotas import UserQuotas
 
 # A part takes up to 0.3 s more, and then heads are loaded.
 _TIME_S: Final = 1.0
 # Heads that are not loaded within this time are loaded by the dispatchers.
 _LOAD_LIMIT: Final = timedelta(seconds=0.5)
+# The pause of the loop while rows are left, such as those that another scheduler writes.
+_BUSY: Final = timedelta(seconds=1)
+# The pause otherwise. A scheduler that died may have left a change. A call here wakes the loop.
+_IDLE: Final = timedelta(seconds=5)
 
 _Part: TypeAlias = Callable[[AsyncConnection, JobFilter, JobPosition], Awaitable[ChangedJobs]]
 # Records a part that has changed jobs, in its transaction.
@@ -49,6 +61,14 @@ class JobSets:
         self._loader = loader
         self._quotas = quotas
         self._wake_sweeper = wake_sweeper
+        self._loop = Loop("changing jobs", self._write_all, errors=DATABASE_ERRORS, retry=_BUSY)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Write rows until `stop` is set. An error of PostgreSQL is logged, and repeated."""
+        await self._loop.run(stop)
+
+    async def _write_all(self) -> timedelta:
+        return _IDLE if await self._write() else _BUSY
 
     async def cancel(
         self, which: JobFilter, after: JobPosition, record: Record, *, count_only: bool
@@ -60,8 +80,8 @@ class JobSets:
             if done.sender_ids:
                 self._wake_sweeper()
             return done
-        part_of_jobs = storage.count_part if count_only else storage.cancel_part
-        return await self._in_parts(part_of_jobs, _in(which, JobState.SCHEDULED), after, record)
+        change = SetChange(JobChangeKind.CANCEL)
+        return await self._change(change, which, after, record, count_only=count_only)
 
     async def retry(
         self, which: JobFilter, after: JobPosition, record: Record, *, count_only: bool
@@ -71,9 +91,8 @@ class JobSets:
         Raises:
             ResourceExhausted: USER_WAITING_JOBS_EXCEEDED. Earlier parts stay changed.
         """
-        part = partial(storage.retry_part, quotas=self._quotas)
-        part_of_jobs: _Part = storage.count_part if count_only else part
-        return await self._in_parts(part_of_jobs, _in(which, JobState.FAILED), after, record)
+        change = SetChange(JobChangeKind.RETRY, quotas=self._quotas)
+        return await self._change(change, which, after, record, count_only=count_only)
 
     async def reschedule(
         self,
@@ -85,9 +104,22 @@ class JobSets:
         count_only: bool,
     ) -> ChangedJobs:
         """Give the waiting jobs that match another due time."""
-        part = partial(storage.reschedule_part, new=new)
-        part_of_jobs: _Part = storage.count_part if count_only else part
-        return await self._in_parts(part_of_jobs, _in(which, JobState.SCHEDULED), after, record)
+        change = SetChange(JobChangeKind.RESCHEDULE, new)
+        return await self._change(change, which, after, record, count_only=count_only)
+
+    async def _change(
+        self,
+        change: SetChange,
+        which: JobFilter,
+        after: JobPosition,
+        record: Record,
+        *,
+        count_only: bool,
+    ) -> ChangedJobs:
+        which = replace(which, tree=both(which.tree, FieldTest("state", "=", int(change.state))))
+        one = storage.count_part if count_only else storage.change_part
+        part = partial(one, change=change)
+        return await self._in_parts(part, which, after, record)
 
     async def _in_parts(
         self, part: _Part, which: JobFilter, after: JobPosition, record: Record
@@ -101,19 +133,41 @@ class JobSets:
                 connection: AsyncConnection, position: JobPosition = position
             ) -> ChangedJobs:
                 done = await part(connection, which, position)
-                if done.sender_ids:
+                if done.sender_ids and not done.waits:
                     await record(connection, done)
                 return done
 
             done = await in_transaction(self._engine, step)
+            if done.waits:
+                await self._write(done.sender_ids, until)
             jobs, senders = jobs + done.jobs, senders | done.sender_ids
             position = done.reached
             if time.monotonic() > until:
                 break
         if senders:
-            await load_soon(self._loader, sorted(senders), limit=_LOAD_LIMIT)
+            left = partial(job_changes.unwritten, sender_ids=senders)
+            if await in_transaction(self._engine, left):
+                # Their heads are loaded when all rows are written.
+                self._loop.wake()
+            else:
+                await load_soon(self._loader, sorted(senders), limit=_LOAD_LIMIT)
         return ChangedJobs(jobs, senders, position)
 
+    async def _write(
+        self, sender_ids: Collection[int] | None = None, until: float | None = None
+    ) -> bool:
+        """Write rows of stored changes, until a time. None means of all senders.
 
-def _in(which: JobFilter, state: JobState) -> JobFilter:
-    return replace(which, tree=both(which.tree, FieldTest("state", "=", int(state))))
+        Return whether no rows are left.
+        """
+        found = partial(job_changes.unwritten, sender_ids=sender_ids)
+        for change_id in await in_transaction(self._engine, found):
+            part = partial(job_changes.write_part, change_id=change_id)
+            ended: int | None = None
+            while ended is None:
+                if self._loop.stopping or (until is not None and time.monotonic() > until):
+                    return False
+                ended = await in_transaction(self._engine, part)
+            if ended and sender_ids is None:
+                await load_soon(self._loader, [ended], limit=_LOAD_LIMIT)
+        return not await in_transaction(self._engine, found)

@@ -166,6 +166,9 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         stack.push_async_callback(tokens.close)
         sweeper = Sweeper(engine)
         respreader = Respreader(engine, loader)
+        sets = JobSets(
+            engine, loader, UserQuotas.from_settings(settings), wake_sweeper=sweeper.wake
+        )
         verifier = Verifier(settings, secrets, tokens, egress)
         changes = Changes(engine, secrets)
         control = BatchControl(
@@ -221,6 +224,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                     senders,
                     changes=changes,
                     sweeper=sweeper,
+                    sets=sets,
                     watch=watch,
                     imports=imports,
                     previewer=previewer,
@@ -248,6 +252,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         work: list[Callable[[], Awaitable[None]]] = [
             partial(sweeper.run, stop),
             partial(respreader.run, stop),
+            partial(sets.run, stop),
             partial(watch.run, stop),
             partial(events.run, stop),
             partial(delivery.run, stop),
@@ -318,6 +323,7 @@ def _services(
     *,
     changes: Changes,
     sweeper: Sweeper,
+    sets: JobSets,
     watch: Watch[BatchRecord],
     imports: ImportReader,
     previewer: Previewer,
@@ -340,7 +346,6 @@ def _services(
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
-    sets = JobSets(engine, loader, quotas, wake_sweeper=sweeper.wake)
     export_reads = FairShares("exports", _EXPORT_READS, waiting=_WAITING_EXPORTS)
     jobs = EmailJobServicer(
         engine,

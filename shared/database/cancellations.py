@@ -5,6 +5,9 @@ A million rows take 13 s to update, and a caller waits 2 s at most. So a cancell
 CANCELLED. Any live scheduler updates the rows later (services/scheduler/sweeping.py), and deletes
 the row of the cancellation when no job of the batch waits or is being sent any more.
 
+In the same way some jobs of a batch are cancelled: by a row in `job_changes` with one bit per job
+(services/scheduler/storage/job_changes.py).
+
 No job is marked SENDING afterwards: a mark locks the batch FOR SHARE and checks its state. A job in
 flight may return to SCHEDULED, and then is CANCELLED. Code that needs the state of a SCHEDULED row
 must use these functions.
@@ -14,34 +17,99 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, any_, case, func, literal, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Select,
+    any_,
+    case,
+    cast,
+    false,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+)
 
 from outbox_server.shared.database.counts import in_state
-from outbox_server.shared.database.models import BatchCancellation, EmailJob
+from outbox_server.shared.database.models import (
+    BatchCancellation,
+    EmailJob,
+    JobChange,
+    JobChangeBlock,
+    JobChangeKind,
+)
 from outbox_server.shared.states import JobState
 
 # The most cancelled batches that are compared with each row.
 _MOST_IN_ARRAY: Final = 50
 
 
+# A block of `job_change_blocks` has this many jobs, and an id ends in this many bits.
+BLOCK_BITS: Final = 6
+BLOCK_JOBS: Final = 1 << BLOCK_BITS
+
+
+def block_of(job_id: Any) -> Any:
+    """Return the block of a job in `job_change_blocks`."""
+    return job_id.op(">>")(_integer(BLOCK_BITS))
+
+
+def place_in_block(job_id: Any) -> Any:
+    """Return the number of the job's bit in its block."""
+    return cast(job_id.op("&")(BLOCK_JOBS - 1), Integer)
+
+
+def changes_of_job(wanted: Any, kind: JobChangeKind) -> Select[Any]:
+    """Return the statement that reads `wanted` of the unwritten changes of a job, of one kind."""
+    bit = JobChangeBlock.bits.op(">>")(place_in_block(EmailJob.id)).op("&")(1) == 1
+    blocks = (JobChangeBlock.change_id == JobChange.id) & (
+        JobChangeBlock.block == block_of(EmailJob.id)
+    )
+    found = (
+        select(wanted)
+        .select_from(JobChange)
+        .join(JobChangeBlock, blocks)
+        .where(JobChange.batch_id == EmailJob.batch_id, _is_kind(kind), bit)
+    )
+    return found.correlate(EmailJob)
+
+
+def is_being_changed(kind: JobChangeKind) -> ColumnElement[bool]:
+    """Return the condition that a change of this kind means the job, and is not written yet."""
+    found: ColumnElement[bool] = changes_of_job(JobChange.id, kind).exists()
+    return found
+
+
+def _is_kind(kind: JobChangeKind) -> ColumnElement[bool]:
+    return JobChange.kind == _integer(kind)
+
+
+def _integer(number: int) -> ColumnElement[int]:
+    return literal(int(number), Integer, literal_execute=True)
+
+
 def _cancelled_at() -> Any:
-    return (
+    of_batch = (
         select(BatchCancellation.cancelled_at)
         .where(BatchCancellation.batch_id == EmailJob.batch_id)
         .correlate(EmailJob)
         .scalar_subquery()
     )
+    of_job = changes_of_job(JobChange.changed_at, JobChangeKind.CANCEL).limit(1)
+    return func.coalesce(of_batch, of_job.scalar_subquery())
 
 
 def being_cancelled() -> ColumnElement[bool]:
-    """Return the condition that a job's batch is cancelled and its rows are being updated."""
-    found: ColumnElement[bool] = (
+    """Return the condition that a job, or its batch, is cancelled and its row is not updated."""
+    of_batch = (
         select(BatchCancellation.batch_id)
         .where(BatchCancellation.batch_id == EmailJob.batch_id)
         .correlate(EmailJob)
         .exists()
     )
-    return found
+    return or_(of_batch, is_being_changed(JobChangeKind.CANCEL))
 
 
 def is_now(state: JobState) -> ColumnElement[bool]:
@@ -83,4 +151,12 @@ def waits_of(sender: Any) -> ColumnElement[bool]:
     # one, and sort the few rows that it expects to remain.
     in_array = EmailJob.batch_id + 0 == any_(func.array(of_sender.scalar_subquery()))
     cancelled = case((few <= _MOST_IN_ARRAY, in_array.is_(true())), else_=being_cancelled())
-    return in_state(JobState.SCHEDULED) & ~cancelled
+    # Evaluated once. Most senders have none, and then nothing is read for a job.
+    has_changes = (
+        select(JobChange.id)
+        .where(JobChange.sender_id == sender, _is_kind(JobChangeKind.CANCEL))
+        .correlate_except(JobChange)
+        .exists()
+    )
+    changed = case((has_changes, is_being_changed(JobChangeKind.CANCEL)), else_=false())
+    return in_state(JobState.SCHEDULED) & ~cancelled & ~changed

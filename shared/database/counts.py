@@ -3,15 +3,15 @@
 A count is the folded count plus the deltas that are not folded yet. One statement reads both from
 one snapshot, so a concurrent fold, which moves rows from one to the other, changes no sum. A claim
 writes no delta, so SCHEDULED means all open jobs there; the jobs in SENDING, always few, are
-counted from their rows by a partial index. The waiting jobs of a batch whose rows are still being
-cancelled (shared/database/cancellations.py) are moved from SCHEDULED to CANCELLED.
+counted from their rows by a partial index. Waiting jobs whose rows are still being cancelled
+(shared/database/cancellations.py) are moved from SCHEDULED to CANCELLED.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from sqlalchemy import (
     CTE,
@@ -19,13 +19,13 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Select,
-    SQLColumnExpression,
     Text,
     any_,
     bindparam,
     cast,
     func,
     literal,
+    or_,
     select,
     union_all,
 )
@@ -37,6 +37,8 @@ from outbox_server.shared.database.models import (
     BatchCount,
     CountDelta,
     EmailJob,
+    JobChange,
+    JobChangeKind,
     Sender,
     SenderCount,
 )
@@ -46,6 +48,8 @@ from outbox_server.shared.states import JobState
 _WAITS_CANCELLED: Final = 0
 # A key, a state, and the number of jobs.
 _Counts: TypeAlias = Select[int, int, int]
+# A table of cancellations, with the columns `batch_id` and `sender_id`.
+_Table: TypeAlias = type[BatchCancellation] | type[JobChange]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,25 +140,33 @@ def _sending() -> CTE:
 
 
 def _being_cancelled(
-    key: SQLColumnExpression[int], which: ColumnElement[bool], sending: CTE
-) -> tuple[_Counts, _Counts, _Counts]:
-    """Return the waiting jobs of the cancelled batches in `which`: open jobs minus SENDING."""
+    key: Callable[[_Table], Any], which: Callable[[_Table], ColumnElement[bool]], sending: CTE
+) -> tuple[_Counts, ...]:
+    """Return the waiting jobs that are cancelled, but whose rows are not updated yet.
+
+    Those of a cancelled batch are its open jobs minus SENDING. `key` and `which` are about the
+    batch and the sender of a table.
+    """
     state = literal(_WAITS_CANCELLED)
     waiting = int(JobState.SCHEDULED)
     of_batch = BatchCancellation.batch_id
+    batches = key(BatchCancellation), which(BatchCancellation)
     return (
-        select(key, state, BatchCount.n)
+        select(batches[0], state, BatchCount.n)
         .select_from(BatchCancellation)
         .join(BatchCount, BatchCount.batch_id == of_batch)
-        .where(which, BatchCount.state == waiting),
-        select(key, state, CountDelta.n)
+        .where(batches[1], BatchCount.state == waiting),
+        select(batches[0], state, CountDelta.n)
         .select_from(BatchCancellation)
         .join(CountDelta, CountDelta.batch_id == of_batch)
-        .where(which, CountDelta.state == waiting),
-        select(key, state, literal(-1))
+        .where(batches[1], CountDelta.state == waiting),
+        select(batches[0], state, literal(-1))
         .select_from(BatchCancellation)
         .join(sending, sending.c.batch_id == of_batch)
-        .where(which),
+        .where(batches[1]),
+        select(key(JobChange), state, JobChange.n).where(
+            which(JobChange), JobChange.kind == int(JobChangeKind.CANCEL)
+        ),
     )
 
 
@@ -179,9 +191,7 @@ def _batch_statement() -> _Counts:
         select(sending.c.batch_id, literal(int(JobState.SENDING)), literal(1)).where(
             sending.c.batch_id == wanted
         ),
-        *_being_cancelled(
-            BatchCancellation.batch_id, BatchCancellation.batch_id == wanted, sending
-        ),
+        *_being_cancelled(lambda of: of.batch_id, lambda of: of.batch_id == wanted, sending),
     )
 
 
@@ -198,9 +208,7 @@ def _sender_statement() -> _Counts:
         select(sending.c.sender_id, literal(int(JobState.SENDING)), literal(1)).where(
             sending.c.sender_id == wanted
         ),
-        *_being_cancelled(
-            BatchCancellation.sender_id, BatchCancellation.sender_id == wanted, sending
-        ),
+        *_being_cancelled(lambda of: of.sender_id, lambda of: of.sender_id == wanted, sending),
     )
 
 
@@ -216,7 +224,7 @@ def _user_statement() -> _Counts:
         select(everything, literal(int(JobState.SENDING)), literal(1)).where(
             sending.c.sender_id.in_(wanted)
         ),
-        *_being_cancelled(everything, BatchCancellation.sender_id.in_(wanted), sending),
+        *_being_cancelled(lambda _: everything, lambda of: of.sender_id.in_(wanted), sending),
     )
 
 
@@ -239,12 +247,15 @@ def _most_open_statement() -> Select[str, int, bool]:
         .where(Sender.user_id == wanted, SenderCount.state == waiting),
         select(owned.c.user_id, owned.c.n).where(owned.c.user_id == wanted),
     ).subquery("part")
-    cancelling = (
-        select(BatchCancellation.batch_id)
-        .join(Sender, Sender.id == BatchCancellation.sender_id)
-        .where(Sender.user_id == parts.c.user_id)
-        .correlate(parts)
-        .exists()
+    cancelling = or_(
+        *(
+            select(of.sender_id)
+            .join(Sender, Sender.id == of.sender_id)
+            .where(Sender.user_id == parts.c.user_id)
+            .correlate(parts)
+            .exists()
+            for of in (BatchCancellation, JobChange)
+        )
     )
     return select(
         parts.c.user_id,

@@ -38,7 +38,7 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every part of a call small."""
-    monkeypatch.setattr(storage, "_JOBS_AT_ONCE", 2)
+    monkeypatch.setattr(storage, "_ROWS_AT_ONCE", 2)
     monkeypatch.setattr(reopening.retry_failed, "__defaults__", (2,))
 
 

@@ -27,8 +27,8 @@ from outbox_server.services.scheduler.filters.resources import (
     wrong_order,
 )
 from outbox_server.services.scheduler.servicers.calls import acting_user, listed_user, named_user
+from outbox_server.services.scheduler.storage.job_changes import NewTime
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
-from outbox_server.services.scheduler.storage.job_sets import NewTime
 from outbox_server.shared.bounds import MAX_EXPIRE_AFTER
 from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.rpc import page_tokens

@@ -6,7 +6,7 @@ A whole batch is cancelled by one row; the rows of its jobs are updated later
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -34,8 +34,11 @@ from outbox_server.shared.database.models import (
     Batch,
     BatchCancellation,
     BatchCount,
+    BatchRespread,
     CountDelta,
     EmailJob,
+    JobChange,
+    JobChangeBlock,
 )
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.heads.markers import mark_stale, marking_stale
@@ -71,6 +74,28 @@ async def end_waiting(
     statement = _statement(waiting, state, func.statement_timestamp(), limit)
     row = (await connection.execute(statement)).one()
     return EndedJobs(row.jobs, tuple(row.senders or ()), row.last_id)
+
+
+async def lock_batches_of(connection: AsyncConnection, which: ColumnElement[bool]) -> None:
+    """Lock the batches of some jobs against changes of many of their jobs.
+
+    Such a change counts the waiting jobs that it means, without a lock on each.
+    """
+    batches = select(EmailJob.batch_id).where(which)
+    locked = select(Batch.id).where(Batch.id.in_(batches)).order_by(Batch.id)
+    await connection.execute(locked.with_for_update(read=True))
+
+
+async def end_these(
+    connection: AsyncConnection, which: ColumnElement[bool], state: JobState, at: datetime
+) -> int:
+    """Move jobs whose rows are SCHEDULED to the final state that they have had since `at`.
+
+    Return how many. Their heads were marked when the change was committed.
+    """
+    since = literal(at, EmailJob.finished_at.type)
+    statement = _statement(which & in_state(JobState.SCHEDULED), state, since, None, heads=False)
+    return int((await connection.execute(statement)).one().jobs)
 
 
 def _statement(
@@ -154,19 +179,48 @@ async def cancel_batch(
     if row.state == BatchState.CANCELLED:
         return CancelledBatch(row.sender_id, 0, BatchState.CANCELLED)
     waiting = (await batch_counts(connection, [batch_id]))[batch_id].scheduled
-    now = func.now()
-    await connection.execute(
-        update(Batch)
-        .where(Batch.id == batch_id)
-        .values(state=BatchState.CANCELLED, cancelled_at=now, paused_at=None, paused_until=None)
-    )
-    await connection.execute(
-        insert(BatchCancellation).values(
-            batch_id=batch_id, sender_id=row.sender_id, cancelled_at=now
-        )
-    )
+    await store_cancellations(connection, [batch_id])
     await mark_stale(connection, [row.sender_id])
     return CancelledBatch(row.sender_id, waiting, BatchState(row.state))
+
+
+async def store_cancellations(
+    connection: AsyncConnection, batch_ids: Collection[int]
+) -> frozenset[int]:
+    """Cancel batches whose rows are locked. Return their senders.
+
+    Changes of some of their jobs are forgotten, because no job of them waits any more.
+    """
+    these = literal(list(batch_ids), ARRAY(BigInteger))
+    forgotten = (
+        delete(JobChange)
+        .where(JobChange.batch_id == any_(these))
+        .returning(JobChange.id)
+        .cte("forgotten")
+    )
+    await connection.execute(
+        delete(JobChangeBlock).where(JobChangeBlock.change_id.in_(select(forgotten.c.id)))
+    )
+    respread = select(BatchRespread.batch_id).where(BatchRespread.batch_id == Batch.id)
+    cancelled = (
+        update(Batch)
+        .where(Batch.id == any_(these))
+        .values(
+            state=BatchState.CANCELLED,
+            cancelled_at=func.now(),
+            paused_at=None,
+            paused_until=None,
+            respreading=Batch.respreading & respread.correlate(Batch).exists(),
+        )
+        .returning(Batch.id, Batch.sender_id, Batch.cancelled_at)
+        .cte("cancelled")
+    )
+    added = (
+        insert(BatchCancellation)
+        .from_select(("batch_id", "sender_id", "cancelled_at"), select(*cancelled.c))
+        .returning(BatchCancellation.sender_id)
+    )
+    return frozenset((await connection.execute(added)).scalars())
 
 
 async def cancel_batches_of(connection: AsyncConnection, sender_id: int) -> int:
@@ -175,7 +229,6 @@ async def cancel_batches_of(connection: AsyncConnection, sender_id: int) -> int:
     The sender's row is locked, so no batch is added meanwhile. Each batch is cancelled as by
     `cancel_batch`; `sweep` updates the rows, in parts. Return the number of cancelled jobs.
     """
-    now = func.now()
     folded = select(BatchCount.batch_id).where(BatchCount.state == JobState.SCHEDULED)
     recent = select(CountDelta.batch_id).where(CountDelta.sender_id == sender_id)
     of_sender = (
@@ -196,17 +249,7 @@ async def cancel_batches_of(connection: AsyncConnection, sender_id: int) -> int:
         if not opened:
             continue
         jobs += sum(counts[batch_id].scheduled for batch_id in opened)
-        cancelled = (
-            update(Batch)
-            .where(Batch.id == any_(literal(opened, ARRAY(BigInteger))))
-            .values(state=BatchState.CANCELLED, cancelled_at=now, paused_at=None, paused_until=None)
-            .returning(Batch.id, Batch.sender_id, Batch.cancelled_at)
-            .cte("cancelled")
-        )
-        columns = ("batch_id", "sender_id", "cancelled_at")
-        await connection.execute(
-            insert(BatchCancellation).from_select(columns, select(*cancelled.c))
-        )
+        await store_cancellations(connection, opened)
     return jobs
 
 

@@ -137,14 +137,19 @@ def _has_state(state: JobState) -> ColumnElement[bool]:
     return EmailJob.state + 0 == int(state)
 
 
-def _job_state(test: FieldTest) -> ColumnElement[bool]:
-    state = JobState(typed(int, test.value))
-    found = _has_state(state)
-    if state is JobState.SCHEDULED:
-        found &= ~being_cancelled()
-    elif state is JobState.CANCELLED:
-        found |= _has_state(JobState.SCHEDULED) & being_cancelled()
-    return found if test.operator == "=" else not_(found)
+def job_state(cancelled: Callable[[], ColumnElement[bool]] = being_cancelled) -> Leaf:
+    """Return the leaf of `state`. A job whose row is SCHEDULED is CANCELLED if `cancelled`."""
+
+    def compare(test: FieldTest) -> ColumnElement[bool]:
+        state = JobState(typed(int, test.value))
+        found = _has_state(state)
+        if state is JobState.SCHEDULED:
+            found &= ~cancelled()
+        elif state is JobState.CANCELLED:
+            found |= _has_state(JobState.SCHEDULED) & cancelled()
+        return found if test.operator == "=" else not_(found)
+
+    return compare
 
 
 def _recipient(test: FieldTest) -> ColumnElement[bool]:
@@ -179,7 +184,7 @@ def _send_time(test: FieldTest) -> ColumnElement[bool]:
 _BATCH_LABELS: Final = _of_batch(Batch.labels)
 # The conditions of a job, on EmailJob.
 JOB_LEAVES: Final[Mapping[str, Leaf]] = {
-    "state": _job_state,
+    "state": job_state(),
     "batch_id": column(EmailJob.batch_id),
     "sender_id": column(EmailJob.sender_id),
     "recipient": _recipient,

@@ -14,6 +14,7 @@ from outbox_server.shared.database.models import (
     BatchCancellation,
     BatchCount,
     CountDelta,
+    JobChange,
 )
 from outbox_server.shared.states import JobState
 
@@ -57,4 +58,5 @@ def may_have(states: AbstractSet[JobState]) -> ColumnElement[bool]:
     found = has_counted(states)
     if JobState.CANCELLED in states:
         found |= Batch.id.in_(select(BatchCancellation.batch_id))
+        found |= Batch.id.in_(select(JobChange.batch_id))
     return found

@@ -1,60 +1,70 @@
 """Changes the jobs that match a filter, a part in each transaction.
 
-A part finds some jobs as a list does (`walking`), so it belongs to the same user, and then changes
-those that still match. The next part continues after the last job that was found.
+A part chooses some batches, locks them, and finds and stores by one statement which of their jobs
+are changed (`job_changes`). The few jobs of an address or an external id are found as a list finds
+them (`walking`). So the jobs belong to the same user as those of a list. The next part continues
+after the last job that was looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from itertools import groupby
 from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
     any_,
-    cast,
+    false,
     func,
-    insert,
     literal,
     select,
-    update,
+    tuple_,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import FieldTest, Filter, required
+from outbox_server.services.scheduler.filters.fields import (
+    FieldTest,
+    Filter,
+    required,
+    required_value,
+)
+from outbox_server.services.scheduler.storage import job_changes
 from outbox_server.services.scheduler.storage.bounded import search
-from outbox_server.services.scheduler.storage.cancelling import end_waiting
-from outbox_server.services.scheduler.storage.conditions import JOB_LEAVES, condition
+from outbox_server.services.scheduler.storage.cancelling import store_cancellations
+from outbox_server.services.scheduler.storage.conditions import condition, job_leaves, job_state
 from outbox_server.services.scheduler.storage.counted_states import has_counted
+from outbox_server.services.scheduler.storage.job_changes import NewTime
 from outbox_server.services.scheduler.storage.job_filters import (
+    LAST_ID,
     JobFilter,
     JobPosition,
     batch_condition,
+    id_after,
     is_batch_level,
 )
-from outbox_server.services.scheduler.storage.reopening import keeping_quota, retry_named
 from outbox_server.services.scheduler.storage.walking import next_batches, skip_older, walk_jobs
-from outbox_server.shared.database.cancellations import is_now
+from outbox_server.shared.database.cancellations import being_cancelled, is_being_changed
 from outbox_server.shared.database.counts import batch_counts
-from outbox_server.shared.database.models import Batch, BatchCancellation, EmailJob, Sender
-from outbox_server.shared.heads.markers import mark_stale, marking_stale
+from outbox_server.shared.database.models import Batch, EmailJob, JobChange, JobChangeKind, Sender
+from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, read_quotas
 from outbox_server.shared.states import BatchState, JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
-# The number of jobs that one transaction changes, in about 0.2 s, and that one part looks at.
-_JOBS_AT_ONCE: Final = 5_000
-_ROWS_AT_ONCE: Final = 20_000
-# Each batch takes some statements to retry, and a row lock to cancel.
-_RETRIED_BATCHES: Final = 50
+# The number of rows that one part reads, in about 0.2 s, and of batches that it looks at.
+_ROWS_AT_ONCE: Final = 200_000
+_BATCHES_AT_ONCE: Final = job_changes.MOST_UNWRITTEN
+_BATCHES_SEEN: Final = 5_000
+# The number of jobs that a list finds at once.
+_FOUND_AT_ONCE: Final = 5_000
+# The rows of so few jobs are written in the transaction that finds them.
+_WRITTEN_WITH_THE_CHANGE: Final = 5_000
+# Each batch takes a row lock to cancel.
 _CANCELLED_BATCHES: Final = 1_000
 _WAITING: Final = FieldTest("state", "=", int(JobState.SCHEDULED))
-# The latest time that a job may get, so that it can be shown, with its expiry.
-_LATEST: Final = datetime.fromisoformat("9990-01-01T00:00:00+00:00")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,8 @@ class ChangedJobs:
     sender_ids: frozenset[int] = frozenset()
     # None means that there are no more.
     reached: JobPosition | None = None
+    # The part must wait until rows of earlier changes of `sender_ids` are written.
+    waits: bool = False
 
 
 def is_about_batches(tree: Filter | None) -> bool:
@@ -81,37 +93,201 @@ async def owner_of_senders(connection: AsyncConnection, sender_ids: Collection[i
     return await connection.scalar(select(Sender.user_id).where(these).limit(1))
 
 
-async def _find(
-    connection: AsyncConnection, which: JobFilter, after: JobPosition
-) -> tuple[list[JobPosition], JobPosition | None]:
-    walked = await walk_jobs(connection, which, after, _JOBS_AT_ONCE, rows=_ROWS_AT_ONCE)
-    found = list(walked.found)
-    return found, found[-1] if len(found) == _JOBS_AT_ONCE else walked.reached
+@dataclass(frozen=True, slots=True)
+class SetChange:
+    """What is done with the jobs that match. `new` is the time of RESCHEDULE, `quotas` of RETRY."""
+
+    kind: JobChangeKind
+    new: NewTime | None = None
+    # The default quotas of a user.
+    quotas: UserQuotas | None = None
+
+    @property
+    def state(self) -> JobState:
+        """The state of the jobs before the change."""
+        return JobState.FAILED if self.kind is JobChangeKind.RETRY else JobState.SCHEDULED
 
 
-def _these(found: list[JobPosition], which: JobFilter) -> ColumnElement[bool]:
-    """Return the condition for jobs that were found, if they still match."""
-    ids = literal([job_id for _, job_id in found], ARRAY(BigInteger))
-    return (EmailJob.id == any_(ids)) & condition(which.tree, JOB_LEAVES)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows that a part looks at: of some batches, and of them those in `place`."""
+
+    batch_ids: Sequence[int]
+    sender_ids: frozenset[int]
+    place: ColumnElement[bool]
+    reached: JobPosition | None
 
 
 async def count_part(
-    connection: AsyncConnection, which: JobFilter, after: JobPosition
+    connection: AsyncConnection, which: JobFilter, after: JobPosition, change: SetChange
 ) -> ChangedJobs:
     """Count some jobs that match, and change nothing."""
-    found, reached = await _find(connection, which, after)
-    return ChangedJobs(len(found), reached=reached)
+    rows = await _next_rows(connection, which, after, change.state)
+    these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
+    active = select(Batch.id).where(these, Batch.state == BatchState.ACTIVE)
+    batch_ids = (await connection.scalars(active)).all()
+    matching = await _matching(connection, which, rows.place, batch_ids, change.kind)
+    counted = select(func.count()).select_from(matching.subquery())
+    return ChangedJobs(await connection.scalar(counted) or 0, reached=rows.reached)
 
 
-async def cancel_part(
-    connection: AsyncConnection, which: JobFilter, after: JobPosition
+async def change_part(
+    connection: AsyncConnection, which: JobFilter, after: JobPosition, change: SetChange
 ) -> ChangedJobs:
-    """Cancel some waiting jobs that match."""
-    found, reached = await _find(connection, which, after)
+    """Change some jobs that match.
+
+    Raises:
+        ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
+    """
+    rows = await _next_rows(connection, which, after, change.state)
+    if not await job_changes.has_room(connection, rows.sender_ids):
+        return ChangedJobs(0, rows.sender_ids, after, waits=True)
+    these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
+    if rows.batch_ids and change.quotas is not None:
+        owner = await connection.execute(select(Batch.user_id).where(these).limit(1))
+        await lock_user(connection, owner.scalar_one())
+    # Waits for the marks under way. In the order of ids, so that there are no deadlocks.
+    batches = select(Batch.id, Batch.user_id).where(these, Batch.state == BatchState.ACTIVE)
+    locked = batches.order_by(Batch.id).with_for_update(key_share=True)
+    found = (await connection.execute(locked)).all()
     if not found:
-        return ChangedJobs(reached=reached)
-    ended = await end_waiting(connection, _these(found, which), JobState.CANCELLED)
-    return ChangedJobs(ended.jobs, frozenset(ended.sender_ids), reached)
+        return ChangedJobs(reached=rows.reached)
+    batch_ids = [row.id for row in found]
+    matching = await _matching(connection, which, rows.place, batch_ids, change.kind)
+    stored = await job_changes.store_changes(
+        connection, matching.cte("picked"), change.kind, change.new
+    )
+    if change.quotas is not None and stored:
+        await _check_quota(connection, found[0].user_id, change.quotas)
+    jobs = sum(each.jobs for each in stored)
+    if jobs <= _WRITTEN_WITH_THE_CHANGE:
+        for each in stored:
+            await job_changes.write_whole(connection, each.change_id)
+    elif change.kind is not JobChangeKind.RETRY:
+        await job_changes.hold_batches(connection, stored)
+    senders = frozenset(each.sender_id for each in stored)
+    if senders:
+        await mark_stale(connection, sorted(senders))
+    return ChangedJobs(jobs, senders, rows.reached)
+
+
+async def _next_rows(
+    connection: AsyncConnection, which: JobFilter, after: JobPosition, state: JobState
+) -> _Rows:
+    """Return the next rows to look at."""
+    if not which.states:
+        return _Rows((), frozenset(), false(), None)
+    if any(required_value(which.tree, field)[0] for field in ("recipient", "external_id")):
+        return await _few_rows(connection, which, after)
+    after = await skip_older(connection, which, after)
+    batches = next_batches(which, after).add_columns(Batch.sender_id)
+    found = await search(
+        connection,
+        batches.where(Batch.state == BatchState.ACTIVE),
+        Batch.id,
+        batch_condition(which.tree) & has_counted({state}),
+        _BATCHES_AT_ONCE,
+        descending=False,
+        most=_BATCHES_SEEN,
+    )
+    last = found.rows[-1].id if len(found.rows) == _BATCHES_AT_ONCE else found.reached
+    reached = None if last is None else which.after_batch(last)
+    taken: list[Any] = []
+    rows = 0
+    for batch in found.rows:
+        if taken and rows + batch.accepted_count > _ROWS_AT_ONCE:
+            reached = which.after_batch(taken[-1].id)
+            break
+        taken.append(batch)
+        rows += batch.accepted_count
+    ids = [batch.id for batch in taken]
+    place = EmailJob.batch_id == any_(literal(ids, ARRAY(BigInteger)))
+    if rows > _ROWS_AT_ONCE or after[0] in ids:
+        # A large batch, or one that an earlier part has begun, is read in the order of its jobs.
+        first = after if after[0] == ids[0] else (ids[0], 0)
+        end = await _end_of_part(connection, first)
+        taken, reached = taken[:1], (which.after_batch(ids[0]) if end is None else (ids[0], end))
+        ids = ids[:1]
+        place = _between(first, LAST_ID if end is None else end)
+    return _Rows(ids, frozenset(batch.sender_id for batch in taken), place, reached)
+
+
+def _between(after: JobPosition, until: int) -> ColumnElement[bool]:
+    """Return the condition that a job of a batch comes after one and not after another.
+
+    Pairs are compared, as the index by batches and jobs orders them.
+    """
+    place = tuple_(EmailJob.batch_id, EmailJob.id)
+    return (place > tuple_(*id_after(after))) & (place <= tuple_(*id_after((after[0], until))))
+
+
+async def _end_of_part(connection: AsyncConnection, after: JobPosition) -> int | None:
+    """Return the last job of a batch that a part reads; None if it reads all of them."""
+    jobs = select(EmailJob.id).where(_between(after, LAST_ID))
+    jobs = jobs.order_by(EmailJob.batch_id, EmailJob.id)
+    return await connection.scalar(jobs.offset(_ROWS_AT_ONCE - 1).limit(1))
+
+
+async def _few_rows(connection: AsyncConnection, which: JobFilter, after: JobPosition) -> _Rows:
+    walked = await walk_jobs(connection, which, after, _FOUND_AT_ONCE, rows=_FOUND_AT_ONCE)
+    found = list(walked.found)
+    reached = found[-1] if len(found) == _FOUND_AT_ONCE else walked.reached
+    batch_ids = sorted({batch_id for batch_id, _ in found})
+    if len(batch_ids) > _BATCHES_AT_ONCE:
+        batch_ids = batch_ids[:_BATCHES_AT_ONCE]
+        reached = which.after_batch(batch_ids[-1])
+    these = Batch.id == any_(literal(batch_ids, ARRAY(BigInteger)))
+    senders = await connection.scalars(select(Batch.sender_id).where(these))
+    ids = literal([job_id for _, job_id in found], ARRAY(BigInteger))
+    return _Rows(batch_ids, frozenset(senders), EmailJob.id == any_(ids), reached)
+
+
+async def _matching(
+    connection: AsyncConnection,
+    which: JobFilter,
+    place: ColumnElement[bool],
+    batch_ids: Sequence[int],
+    kind: JobChangeKind,
+) -> Any:
+    """Return the statement that reads the jobs that match, of batches that are locked."""
+    these = any_(literal(batch_ids, ARRAY(BigInteger)))
+    others = select(JobChange.kind).where(JobChange.batch_id == these).distinct()
+    unwritten = set((await connection.scalars(others)).all())
+    batches: Any = select(Batch.id, Batch.created_at, Batch.labels, Batch.test)
+    batch = batches.where(Batch.id == these).subquery("batch")
+    # No batch is cancelled here, so a job can only be in a change of some jobs.
+    cancelled = being_cancelled if JobChangeKind.CANCEL in unwritten else false
+    leaves = {
+        **job_leaves(batch.c.created_at, batch.c.labels, batch.c.test),
+        "state": job_state(cancelled),
+    }
+    found = (
+        select(EmailJob.id, EmailJob.batch_id, EmailJob.sender_id)
+        .join(batch, batch.c.id == EmailJob.batch_id)
+        .where(place, condition(which.tree, leaves))
+    )
+    if kind is JobChangeKind.RETRY:
+        # Of an erased recipient there is no address to send to.
+        found = found.where(EmailJob.recipient != "")
+        if kind in unwritten:
+            found = found.where(~is_being_changed(kind))
+    return found
+
+
+async def _lock_owner(connection: AsyncConnection, batch_id: int) -> None:
+    owner = select(Batch.user_id).where(Batch.id == batch_id)
+    await lock_user(connection, (await connection.execute(owner)).scalar_one())
+
+
+async def _check_quota(connection: AsyncConnection, user_id: str, defaults: UserQuotas) -> None:
+    """Check that the user may have all jobs that will wait when its retries are written."""
+    senders = select(Sender.id).where(Sender.user_id == user_id)
+    retries = select(func.coalesce(func.sum(JobChange.n), 0)).where(
+        JobChange.kind == int(JobChangeKind.RETRY), JobChange.sender_id.in_(senders)
+    )
+    quotas = await read_quotas(connection, user_id, defaults)
+    more = int(await connection.scalar(retries) or 0)
+    await check_waiting_jobs(connection, user_id, more, quotas)
 
 
 async def cancel_batches_part(
@@ -145,107 +321,6 @@ async def cancel_batches_part(
     jobs = sum(counts[batch_id].scheduled for batch_id in opened)
     if count_only or not opened:
         return ChangedJobs(jobs, reached=reached)
-    now = func.now()
-    cancelled = (
-        update(Batch)
-        .where(Batch.id == any_(literal(opened, ARRAY(BigInteger))))
-        .values(state=BatchState.CANCELLED, cancelled_at=now, paused_at=None, paused_until=None)
-        .returning(Batch.id, Batch.sender_id, Batch.cancelled_at)
-        .cte("cancelled")
-    )
-    added = (
-        insert(BatchCancellation)
-        .from_select(("batch_id", "sender_id", "cancelled_at"), select(*cancelled.c))
-        .returning(BatchCancellation.sender_id)
-    )
-    senders = frozenset((await connection.execute(added)).scalars())
+    senders = await store_cancellations(connection, opened)
     await mark_stale(connection, sorted(senders))
     return ChangedJobs(jobs, senders, reached)
-
-
-async def retry_part(
-    connection: AsyncConnection, which: JobFilter, after: JobPosition, quotas: UserQuotas
-) -> ChangedJobs:
-    """Move some failed jobs that match back to SCHEDULED.
-
-    Raises:
-        ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
-    """
-    found, reached = await _find(connection, which, after)
-    jobs = 0
-    senders: set[int] = set()
-    groups = [list(group) for _, group in groupby(found, key=lambda job: job[0])]
-    if len(groups) > _RETRIED_BATCHES:
-        groups = groups[:_RETRIED_BATCHES]
-        reached = groups[-1][-1]
-    for these in groups:
-        batch_id = these[0][0]
-        async with keeping_quota(connection, batch_id, quotas) as moved:
-            done = await retry_named(connection, batch_id, _these(these, which))
-            moved.append(done.jobs)
-        jobs += done.jobs
-        senders |= {done.sender_id} if done.jobs else set()
-    return ChangedJobs(jobs, frozenset(senders), reached)
-
-
-@dataclass(frozen=True, slots=True)
-class NewTime:
-    """When jobs become due: at a time, or so much later than now planned."""
-
-    at: datetime | None = None
-    delay: timedelta = timedelta(0)
-
-
-async def reschedule_part(
-    connection: AsyncConnection, which: JobFilter, after: JobPosition, new: NewTime
-) -> ChangedJobs:
-    """Give some waiting jobs that match another due time.
-
-    A mark compares the due time by PostgreSQL's clock, so a job that a dispatcher has claimed
-    meanwhile is not sent too early.
-    """
-    found, reached = await _find(connection, which, after)
-    if not found:
-        return ChangedJobs(reached=reached)
-    picked = (
-        select(EmailJob.id)
-        .where(_these(found, which), is_now(JobState.SCHEDULED))
-        .order_by(EmailJob.id)
-        .with_for_update()
-        .cte("picked")
-    )
-    later = EmailJob.scheduled_at + literal(new.delay, INTERVAL)
-    wanted: Any = later if new.at is None else literal(new.at, TIMESTAMP(timezone=True))
-    due = func.least(func.greatest(wanted, func.statement_timestamp()), _LATEST)
-    expire_after = (
-        select(Batch.expire_after_ms).where(Batch.id == EmailJob.batch_id).scalar_subquery()
-    )
-    moved = (
-        update(EmailJob)
-        .where(EmailJob.id == picked.c.id)
-        .values(scheduled_at=due, expires_at=due + expire_after * cast("1 millisecond", INTERVAL))
-        .returning(EmailJob.sender_id, EmailJob.batch_id, EmailJob.scheduled_at)
-        .cte("moved")
-    )
-    groups = (
-        select(
-            moved.c.sender_id,
-            moved.c.batch_id,
-            func.count().label("n"),
-            func.max(moved.c.scheduled_at).label("last_due"),
-        )
-        .group_by(moved.c.sender_id, moved.c.batch_id)
-        .cte("groups")
-    )
-    # For forecasts.
-    dated = (
-        update(Batch)
-        .where(Batch.id == groups.c.batch_id, Batch.last_due_at < groups.c.last_due)
-        .values(last_due_at=groups.c.last_due)
-        .returning(Batch.id)
-        .cte("dated")
-    )
-    statement = select(groups.c.sender_id, groups.c.n).add_cte(marking_stale(groups), dated)
-    rows = (await connection.execute(statement)).all()
-    senders = frozenset(row.sender_id for row in rows)
-    return ChangedJobs(sum(row.n for row in rows), senders, reached)

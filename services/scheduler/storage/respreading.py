@@ -15,8 +15,14 @@ from sqlalchemy import BigInteger, case, cast, delete, func, literal, select, up
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.shared.database.counts import in_state
-from outbox_server.shared.database.models import Batch, BatchRespread, EmailJob
+from outbox_server.shared.database.cancellations import is_now
+from outbox_server.shared.database.models import (
+    Batch,
+    BatchRespread,
+    EmailJob,
+    JobChange,
+    JobChangeKind,
+)
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.states import JobState
 
@@ -53,12 +59,15 @@ async def respread_part(
     Return 0 if another process is at it, or nothing is left to do.
     """
     this = BatchRespread.batch_id == batch_id
+    # Before the rows, as every change of a batch and its jobs does.
+    batch = select(Batch.id).where(Batch.id == batch_id)
+    locked = await connection.scalar(batch.with_for_update(key_share=True, skip_locked=True))
     work = (
         await connection.execute(
             select(BatchRespread).where(this).with_for_update(skip_locked=True)
         )
     ).one_or_none()
-    if work is None:
+    if work is None or locked is None:
         return 0
     moved = (await connection.execute(_moving(batch_id, work, limit))).one()
     placed = work.placed + moved.jobs
@@ -70,10 +79,15 @@ async def respread_part(
     spacing = work.spacing_ms * _MILLISECOND
     last_due = min(work.start_at + max(placed - 1, 0) * spacing, _LATEST)
     await connection.execute(delete(BatchRespread).where(this))
+    changing = (
+        select(JobChange.id)
+        .where(JobChange.batch_id == batch_id, JobChange.kind != int(JobChangeKind.RETRY))
+        .exists()
+    )
     ended = (
         update(Batch)
         .where(Batch.id == batch_id)
-        .values(respreading=False, last_due_at=last_due, spread_count=placed)
+        .values(respreading=changing, last_due_at=last_due, spread_count=placed)
         .returning(Batch.sender_id)
     )
     sender_id = (await connection.execute(ended)).scalar_one_or_none()
@@ -90,7 +104,7 @@ def _moving(batch_id: int, work: Any, limit: int) -> Any:
         .where(
             EmailJob.batch_id == batch_id,
             EmailJob.id > work.done_to,
-            in_state(JobState.SCHEDULED),
+            is_now(JobState.SCHEDULED),
         )
         .order_by(EmailJob.id)
         .limit(limit)

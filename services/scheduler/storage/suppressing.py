@@ -20,6 +20,7 @@ from outbox_server.services.scheduler.storage.cancelling import (
     SWEPT_AT_ONCE,
     EndedJobs,
     end_waiting,
+    lock_batches_of,
 )
 from outbox_server.services.scheduler.storage.conditions import (
     is_addressed_to,
@@ -119,6 +120,7 @@ async def end_part(
     if not found:
         return EndedPart(EndedJobs(0, (), 0), rest)
     these = EmailJob.id == any_(literal(found, ARRAY(BigInteger)))
+    await lock_batches_of(connection, these)
     return EndedPart(await end_waiting(connection, these & which, JobState.SUPPRESSED), rest)
 
 

@@ -39,6 +39,11 @@ from outbox_server.shared.database.models.installation import (
     Installation,
     ShardLife,
 )
+from outbox_server.shared.database.models.job_changes import (
+    JobChange,
+    JobChangeBlock,
+    JobChangeKind,
+)
 from outbox_server.shared.database.models.mail import (
     ApiKeyRow,
     Attempt,
@@ -78,6 +83,9 @@ __all__ = [
     "HoldRelease",
     "HoldRow",
     "Installation",
+    "JobChange",
+    "JobChangeBlock",
+    "JobChangeKind",
     "JobEvent",
     "JobEventCount",
     "JobEventCounting",
