@@ -54,6 +54,9 @@ class Fingerprint:
 
 
 async def _no_batch_is_being_cancelled(connection: psycopg.AsyncConnection) -> bool:
-    found = await connection.execute("SELECT NOT EXISTS (SELECT FROM batch_cancellations)")
+    found = await connection.execute(
+        "SELECT NOT EXISTS (SELECT FROM batch_cancellations)"
+        " AND NOT EXISTS (SELECT FROM job_changes)"
+    )
     (done,) = await found.fetchone() or (False,)
     return bool(done)

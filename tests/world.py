@@ -260,9 +260,13 @@ class World:
 
     async def check_counts(self) -> None:
         """Compare every count with a recount of the rows, also by the hour of each final state."""
-        # A SCHEDULED row of a cancelled batch will become CANCELLED.
+        # A SCHEDULED row that is cancelled, alone or with its batch, will become CANCELLED.
         jobs = """(
-            SELECT j.sender_id, j.batch_id, CASE WHEN c.batch_id IS NOT NULL AND j.state = 1
+            SELECT j.sender_id, j.batch_id, CASE WHEN j.state = 1 AND (c.batch_id IS NOT NULL
+                   OR EXISTS (SELECT FROM job_changes o JOIN job_change_blocks b
+                              ON b.change_id = o.id AND b.block = j.id >> 6
+                              WHERE o.batch_id = j.batch_id AND o.kind = 1
+                              AND b.bits >> (j.id & 63)::int & 1 = 1))
                    THEN 6 ELSE j.state END AS state
             FROM email_jobs j LEFT JOIN batch_cancellations c USING (batch_id)) AS jobs"""
         recount: dict[str, dict[int, Counter[JobState]]] = {

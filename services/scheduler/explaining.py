@@ -96,7 +96,7 @@ class BatchPause:
     """Why nothing of the job's batch is sent now. `until` is None if only a call ends the pause."""
 
     until: datetime | None = None
-    # Its new due times are being written.
+    # Many of its jobs are being changed.
     respreading: bool = False
 
 
@@ -211,7 +211,7 @@ def _pauses(it: Situation) -> Iterator[Explanation]:
 def _explain_batch_pause(pause: BatchPause) -> Explanation:
     reason = WaitReason.BATCH_PAUSED
     if pause.respreading:
-        text = "New due times of its batch are being written, which takes seconds."
+        text = "Many jobs of its batch are being changed, which takes seconds."
         return Explanation(reason, None, text)
     until = pause.until
     end = "ResumeBatch ends the pause" if until is None else f"the pause ends at {_at(until)}"

@@ -61,6 +61,8 @@ class JobSets:
         self._loader = loader
         self._quotas = quotas
         self._wake_sweeper = wake_sweeper
+        # The senders whose heads are loaded first, because batches of them are held.
+        self._stale: set[int] = set()
         self._loop = Loop("changing jobs", self._write_all, errors=DATABASE_ERRORS, retry=_BUSY)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -68,6 +70,9 @@ class JobSets:
         await self._loop.run(stop)
 
     async def _write_all(self) -> timedelta:
+        stale, self._stale = self._stale, set()
+        if stale:
+            await load_soon(self._loader, sorted(stale), limit=_LOAD_LIMIT)
         return _IDLE if await self._write() else _BUSY
 
     async def cancel(
@@ -147,7 +152,7 @@ class JobSets:
         if senders:
             left = partial(job_changes.unwritten, sender_ids=senders)
             if await in_transaction(self._engine, left):
-                # Their heads are loaded when all rows are written.
+                self._stale |= senders
                 self._loop.wake()
             else:
                 await load_soon(self._loader, sorted(senders), limit=_LOAD_LIMIT)

@@ -45,7 +45,13 @@ from outbox_server.services.scheduler.storage.job_filters import (
     id_after,
     is_batch_level,
 )
-from outbox_server.services.scheduler.storage.walking import next_batches, skip_older, walk_jobs
+from outbox_server.services.scheduler.storage.walking import (
+    TROUBLE,
+    in_trouble,
+    next_batches,
+    skip_older,
+    walk_jobs,
+)
 from outbox_server.shared.database.cancellations import being_cancelled, is_being_changed
 from outbox_server.shared.database.counts import batch_counts
 from outbox_server.shared.database.models import Batch, EmailJob, JobChange, JobChangeKind, Sender
@@ -192,23 +198,30 @@ async def _next_rows(
     )
     last = found.rows[-1].id if len(found.rows) == _BATCHES_AT_ONCE else found.reached
     reached = None if last is None else which.after_batch(last)
+    sizes = {batch.id: batch.accepted_count for batch in found.rows}
+    indexed = _by_index(state)
+    if indexed is not None:
+        for batch_id, counts in (await batch_counts(connection, sizes)).items():
+            sizes[batch_id] = sum(counts[each] for each in TROUBLE)
     taken: list[Any] = []
     rows = 0
     for batch in found.rows:
-        if taken and rows + batch.accepted_count > _ROWS_AT_ONCE:
+        if taken and rows + sizes[batch.id] > _ROWS_AT_ONCE:
             reached = which.after_batch(taken[-1].id)
             break
         taken.append(batch)
-        rows += batch.accepted_count
+        rows += sizes[batch.id]
     ids = [batch.id for batch in taken]
     place = EmailJob.batch_id == any_(literal(ids, ARRAY(BigInteger)))
     if rows > _ROWS_AT_ONCE or after[0] in ids:
         # A large batch, or one that an earlier part has begun, is read in the order of its jobs.
         first = after if after[0] == ids[0] else (ids[0], 0)
-        end = await _end_of_part(connection, first)
+        end = await _end_of_part(connection, first, state)
         taken, reached = taken[:1], (which.after_batch(ids[0]) if end is None else (ids[0], end))
         ids = ids[:1]
         place = _between(first, LAST_ID if end is None else end)
+    if indexed is not None:
+        place &= indexed
     return _Rows(ids, frozenset(batch.sender_id for batch in taken), place, reached)
 
 
@@ -221,9 +234,19 @@ def _between(after: JobPosition, until: int) -> ColumnElement[bool]:
     return (place > tuple_(*id_after(after))) & (place <= tuple_(*id_after((after[0], until))))
 
 
-async def _end_of_part(connection: AsyncConnection, after: JobPosition) -> int | None:
+def _by_index(state: JobState) -> ColumnElement[bool] | None:
+    """Return the condition of an index that has the jobs in this state and few others, if any."""
+    return in_trouble() if state in TROUBLE else None
+
+
+async def _end_of_part(
+    connection: AsyncConnection, after: JobPosition, state: JobState
+) -> int | None:
     """Return the last job of a batch that a part reads; None if it reads all of them."""
     jobs = select(EmailJob.id).where(_between(after, LAST_ID))
+    indexed = _by_index(state)
+    if indexed is not None:
+        jobs = jobs.where(indexed)
     jobs = jobs.order_by(EmailJob.batch_id, EmailJob.id)
     return await connection.scalar(jobs.offset(_ROWS_AT_ONCE - 1).limit(1))
 

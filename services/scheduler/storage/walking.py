@@ -72,7 +72,13 @@ _FIRST_ROWS: Final = 200
 # Each further group has so many times as many.
 _GROWTH: Final = 5
 # These have an index of their own, which is almost empty.
-_TROUBLE: Final = frozenset({JobState.FAILED, JobState.UNCERTAIN})
+TROUBLE: Final = frozenset({JobState.FAILED, JobState.UNCERTAIN})
+
+
+def in_trouble() -> ColumnElement[bool]:
+    """Return the condition of the index of jobs in FAILED and UNCERTAIN."""
+    states = [literal(int(state), Integer, literal_execute=True) for state in sorted(TROUBLE)]
+    return EmailJob.state.in_(states)
 
 
 async def walk_jobs(
@@ -182,7 +188,7 @@ class _JobWalk:
         self._matches_all = not of_jobs and matches is None
         self._of_jobs = of_jobs
         self._matching = true() if matches is None else matches
-        self._in_trouble = which.states <= _TROUBLE
+        self._in_trouble = which.states <= TROUBLE
         self._batches_wanted = _BATCHES_AT_FIRST
 
     async def run(self, after: JobPosition) -> FoundJobs:
@@ -225,7 +231,7 @@ class _JobWalk:
         rows = {row.id: row.accepted_count for row in found.rows}
         if self._in_trouble:
             for batch_id, counts in (await batch_counts(self._connection, ids)).items():
-                rows[batch_id] = sum(counts[state] for state in _TROUBLE)
+                rows[batch_id] = sum(counts[state] for state in TROUBLE)
         batches = [_BatchRows(batch_id, max(rows[batch_id], 1)) for batch_id in ids]
         if len(batches) == limit:
             return batches, which.after_batch(ids[-1]), True
@@ -300,8 +306,7 @@ class _JobWalk:
         found &= ~which.beyond(place, (batch_id, literal(end if until is None else until)))
         if not self._in_trouble:
             return found
-        states = [literal(int(state), Integer, literal_execute=True) for state in sorted(_TROUBLE)]
-        return found & EmailJob.state.in_(states)
+        return found & in_trouble()
 
     async def _matches(
         self, batch_ids: Sequence[int], position: JobPosition, until: int | None

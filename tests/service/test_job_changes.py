@@ -1,0 +1,286 @@
+"""A change of many jobs is stored at once and their rows are written later; no caller is misled."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from outbox.v1 import batch_pb2, email_job_pb2, email_job_service_pb2_grpc
+from outbox.v1.batch_service_pb2 import CancelBatchRequest, GetBatchRequest
+from outbox.v1.email_job_service_pb2 import (
+    CancelEmailJobRequest,
+    CancelEmailJobsRequest,
+    GetEmailJobRequest,
+    ListEmailJobsRequest,
+    RescheduleEmailJobsRequest,
+    RetryEmailJobsRequest,
+)
+from outbox.v1.suppression_pb2 import Suppression
+from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
+
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.scheduler import job_sets
+from outbox_server.services.scheduler.storage import job_changes
+from outbox_server.services.scheduler.storage import job_sets as storage
+from outbox_server.shared.states import JobState
+from tests.dispatchers import DispatcherProcess, options, running, settings_of
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.world import World, jobs_in
+
+SCHEDULED, CANCELLED = int(JobState.SCHEDULED), int(JobState.CANCELLED)
+
+
+@pytest.fixture
+def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Store every change, and write none of its rows. A part writes 64 ids."""
+
+    async def nothing(_: job_sets.JobSets, *__: Any) -> timedelta:
+        return timedelta(hours=1)
+
+    monkeypatch.setattr(job_sets.JobSets, "_write_all", nothing)
+    monkeypatch.setattr(storage, "_WRITTEN_WITH_THE_CHANGE", 0)
+    monkeypatch.setattr(job_changes, "WRITTEN_AT_ONCE", 1)
+
+
+@pytest.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(
+        database_url, redis_url, min_gap="0", user_waiting_jobs=1_000_000
+    ) as running_one:
+        yield running_one
+
+
+@pytest.fixture
+async def world(scheduler: Scheduler) -> AsyncIterator[World]:
+    async with World(scheduler.settings) as world:
+        yield world
+        await world.check_counts()
+
+
+async def schedule(scheduler: Scheduler, rows: int, user: str = "ann", **fields: Any) -> str:
+    csv = "email\n" + "".join(f"r{n}@b.org\n" for n in range(1, rows + 1))
+    fields = {"subject": "Hello", "body": "Hi", **fields}
+    sender = await scheduler.sender(user, hourly_limit=1_000_000)
+    return (await scheduler.schedule(sender, csv, **fields)).batch.batch_id
+
+
+async def get(scheduler: Scheduler, batch: str) -> batch_pb2.Batch:
+    return await scheduler.batches.GetBatch(GetBatchRequest(batch_id=batch))
+
+
+async def jobs_of(
+    scheduler: Scheduler, batch: str, wanted: str = "row_number > 0"
+) -> list[email_job_pb2.EmailJob]:
+    request = ListEmailJobsRequest(batch_id=batch, filter=wanted, page_size=1000)
+    return list((await scheduler.jobs.ListEmailJobs(request)).email_jobs)
+
+
+async def write(world: World, *, parts: int | None = None) -> None:
+    """Write the rows of all changes, or some parts of the oldest one."""
+    for change in (await world.sql("SELECT id FROM job_changes ORDER BY id"))[: parts and 1]:
+        done, ended = 0, None
+        while ended is None and done != parts:
+            async with world.engine.begin() as connection:
+                ended = await job_changes.write_part(connection, change.id)
+            done += 1
+
+
+def rows_of(scheduler: Scheduler, batch: str) -> list[int]:
+    return [
+        state
+        for (state,) in scheduler.rows(
+            "SELECT state FROM email_jobs WHERE batch_id = %s ORDER BY row_number", int(batch)
+        )
+    ]
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_jobs_that_are_being_cancelled_are_cancelled_for_every_reader(
+    scheduler: Scheduler, world: World
+) -> None:
+    batch, theirs = await schedule(scheduler, 200), await schedule(scheduler, 3, "bob")
+    cancel = CancelEmailJobsRequest(user_id="ann", filter="row_number > 150")
+    answer = await scheduler.jobs.CancelEmailJobs(cancel)
+    assert (answer.cancelled_count, answer.next_page_token) == (50, "")
+    assert rows_of(scheduler, batch) == [SCHEDULED] * 200
+    await world.check_counts()
+    # They are not cancelled twice.
+    assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 0
+    cancel.filter = "row_number > 100 AND row_number < 160"
+    assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 50
+
+    for parts in (1, None):
+        found = await get(scheduler, batch)
+        assert (found.counts.scheduled_count, found.counts.cancelled_count) == (100, 100)
+        states = [job.state for job in await jobs_of(scheduler, batch)]
+        assert states == [SCHEDULED] * 100 + [CANCELLED] * 100
+        cancelled = await jobs_of(scheduler, batch, "state = CANCELLED")
+        assert [job.row_number for job in cancelled] == list(range(101, 201))
+        assert all(job.HasField("finish_time") for job in cancelled)
+        assert len(await jobs_of(scheduler, batch, "state = SCHEDULED")) == 100
+        await world.check_counts()
+        one = GetEmailJobRequest(email_job_id=cancelled[0].email_job_id)
+        assert (await scheduler.jobs.GetEmailJob(one)).state == CANCELLED
+        await write(world, parts=parts)
+    assert rows_of(scheduler, batch) == [SCHEDULED] * 100 + [CANCELLED] * 100
+    assert not (await get(scheduler, batch)).rescheduling
+    assert rows_of(scheduler, theirs) == [SCHEDULED] * 3
+    assert scheduler.value("SELECT count(*) FROM job_change_blocks") == 0
+    events = scheduler.rows(
+        "SELECT email_job_id FROM job_events WHERE state = 6 AND batch_id = %s", int(batch)
+    )
+    assert len(set(events)) == len(events) == 100
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_other_changes_of_jobs_whose_rows_are_not_written_are_exact(
+    scheduler: Scheduler, world: World
+) -> None:
+    """A cancelled job cannot be suppressed or cancelled again, and a whole batch ends them all."""
+    batch = await schedule(scheduler, 100)
+    later = RescheduleEmailJobsRequest(batch_id=batch, delay=Duration(seconds=7200))
+    assert (await scheduler.jobs.RescheduleEmailJobs(later)).rescheduled_count == 100
+    cancel = CancelEmailJobsRequest(user_id="ann", filter="row_number <= 40")
+    assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 40
+    for row in (1, 50):
+        address = Suppression(email=f"r{row}@b.org")
+        request = CreateSuppressionRequest(user_id="ann", suppression=address)
+        await scheduler.suppressions.CreateSuppression(request)
+        job = (await jobs_of(scheduler, batch, f"row_number = {row + 1}"))[0].email_job_id
+        await scheduler.jobs.CancelEmailJob(CancelEmailJobRequest(email_job_id=job))
+        await world.check_counts()
+    counts = (await get(scheduler, batch)).counts
+    assert (counts.scheduled_count, counts.cancelled_count) == (58, 41)
+    assert counts.suppressed_count == 1
+    assert (await scheduler.jobs.RescheduleEmailJobs(later)).rescheduled_count == 58
+    await write(world, parts=1)
+    await scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=batch))
+    done = await get(scheduler, batch)
+    assert (done.counts.cancelled_count, done.counts.suppressed_count) == (99, 1)
+    assert not done.rescheduling
+    await eventually(lambda: not scheduler.rows("SELECT 1 FROM batch_cancellations"))
+    assert not scheduler.rows("SELECT 1 FROM job_changes")
+    assert sorted(rows_of(scheduler, batch)) == [CANCELLED] * 99 + [int(JobState.SUPPRESSED)]
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_jobs_wait_for_their_new_time_before_it_is_written(
+    scheduler: Scheduler, world: World, inbox: Inbox
+) -> None:
+    """As after kill -9 of the scheduler: nothing is sent at the old time, and each delay counts."""
+    batch = await schedule(scheduler, 130)
+    before = [job.schedule_time.ToDatetime(UTC) for job in await jobs_of(scheduler, batch)]
+    hours = RescheduleEmailJobsRequest(user_id="ann", filter="row_number > 65")
+    hours.delay.FromTimedelta(timedelta(hours=2))
+    for _ in range(2):
+        assert (await scheduler.jobs.RescheduleEmailJobs(hours)).rescheduled_count == 65
+    assert (await get(scheduler, batch)).rescheduling
+    urls = scheduler.settings.database_url, scheduler.settings.redis_url
+    async with running(settings_of(options(*urls, inbox.url))) as dispatcher:
+        await eventually(dispatcher.serving)
+        await write(world, parts=1)
+        assert inbox.mails == []
+        await write(world)
+        await world.loader.load([scheduler.value("SELECT min(id) FROM senders")], committed=True)
+        await eventually(lambda: len(inbox.mails) == 65)
+    after = [job.schedule_time.ToDatetime(UTC) for job in await jobs_of(scheduler, batch)]
+    assert after[:65] == before[:65]
+    late = [new - old for new, old in zip(after[65:], before[65:], strict=True)]
+    assert timedelta(hours=4) <= min(late)
+    assert max(late) < timedelta(hours=4, minutes=5)
+    assert not (await get(scheduler, batch)).rescheduling
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_retries_that_are_not_written_count_for_the_quota_and_end_with_their_batch(
+    database_url: str, redis_url: str
+) -> None:
+    async with (
+        running_scheduler(database_url, redis_url, user_waiting_jobs=100) as scheduler,
+        World(scheduler.settings) as world,
+    ):
+        batch = await schedule(scheduler, 90)
+        await world.sql(
+            "WITH moved AS (UPDATE email_jobs SET state = 4, finished_at = now(), attempt = 1"
+            " RETURNING sender_id, batch_id)"
+            " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+            " SELECT sender_id, batch_id, date_trunc('hour', now()), s,"
+            " CASE s WHEN 1 THEN -count(*) ELSE count(*) END"
+            " FROM moved, unnest(ARRAY[1, 4]) AS s GROUP BY 1, 2, s"
+        )
+        retry = RetryEmailJobsRequest(user_id="ann", filter="row_number <= 60")
+        assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 60
+        assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 0
+        assert not (await get(scheduler, batch)).rescheduling
+        other = await schedule(scheduler, 60)
+        retry.filter = "row_number > 60"
+        refused = await refusal_of(scheduler.jobs.RetryEmailJobs(retry))
+        assert (refused.code, refused.reason) == (
+            "RESOURCE_EXHAUSTED",
+            "USER_WAITING_JOBS_EXCEEDED",
+        )
+        await scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=other))
+        assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 30
+        await write(world, parts=1)
+        await world.check_counts()
+        await world.sql("UPDATE senders SET deleted_at = now()")
+        await write(world)
+        counts = (await get(scheduler, batch)).counts
+        assert counts.scheduled_count + counts.failed_count == 90
+        assert 0 < counts.scheduled_count <= 64
+        assert not scheduler.rows("SELECT 1 FROM job_changes")
+        await world.check_counts()
+
+
+async def test_a_sender_has_a_limited_number_of_changes_that_are_not_written(
+    scheduler: Scheduler, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Further calls first write rows; so the work of others that read the jobs is bounded."""
+    monkeypatch.setattr(storage, "_WRITTEN_WITH_THE_CHANGE", 0)
+    monkeypatch.setattr(job_changes, "MOST_UNWRITTEN", 3)
+    batch = await schedule(scheduler, 10)
+    for row in range(1, 9):
+        request = CancelEmailJobsRequest(batch_id=batch, filter=f"row_number = {row}")
+        assert (await scheduler.jobs.CancelEmailJobs(request)).cancelled_count == 1
+        assert scheduler.value("SELECT count(*) FROM job_changes") <= 3
+    await eventually(lambda: not scheduler.rows("SELECT 1 FROM job_changes"))
+    assert rows_of(scheduler, batch) == [CANCELLED] * 8 + [SCHEDULED] * 2
+    await world.check_counts()
+
+
+async def test_a_scheduler_that_is_killed_while_mail_is_sent_cancels_exactly_what_it_answered(
+    scheduler: Scheduler, world: World, inbox: Inbox, tmp_path: Path
+) -> None:
+    """kill -9 in the middle of 6,600 rows, while a dispatcher sends mail of the same batch."""
+    urls = {name: getattr(scheduler.settings, name) for name in ("database_url", "redis_url")}
+    settings = {**urls, "auth": "off", "min_gap": "0", "user_waiting_jobs": "1000000"}
+    async with running(settings_of(options(*urls.values(), inbox.url))):
+        batch = await schedule(scheduler, 7_000)
+        await eventually(lambda: len(inbox.mails) > 20)
+        process = DispatcherProcess(settings, tmp_path / "scheduler.log", "scheduler")
+        await process.start()
+        async with grpc.aio.insecure_channel(await process.address()) as channel:
+            stub = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
+            answer = await stub.CancelEmailJobs(
+                CancelEmailJobsRequest(user_id="ann", filter="row_number > 400")
+            )
+            assert answer.next_page_token == ""
+            found = (await get(scheduler, batch)).counts
+            assert found.cancelled_count == answer.cancelled_count
+            await process.kill()
+        await eventually(lambda: not scheduler.rows("SELECT 1 FROM job_changes"))
+        await eventually(world.done)
+    states = {
+        job: JobState(state) for job, state in scheduler.rows("SELECT id, state FROM email_jobs")
+    }
+    sent = {job for job, state in states.items() if state is JobState.SENT}
+    assert set(states.values()) == {JobState.SENT, JobState.CANCELLED}
+    assert len(states) - len(sent) == answer.cancelled_count
+    assert jobs_in(inbox.mails) == dict.fromkeys(sent, 1)
+    assert len(sent) >= 400
