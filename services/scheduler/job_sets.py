@@ -73,7 +73,19 @@ class JobSets:
         stale, self._stale = self._stale, set()
         if stale:
             await load_soon(self._loader, sorted(stale), limit=_LOAD_LIMIT)
-        return _IDLE if await self._write() else _BUSY
+        while changes := await in_transaction(self._engine, job_changes.oldest_of_users):
+            # In turns, so that no user waits for all rows of another.
+            progress = False
+            for change_id in changes:
+                if self._loop.stopping:
+                    return _BUSY
+                ended = await self._write_part(change_id)
+                progress |= ended != 0
+                if ended:
+                    await load_soon(self._loader, [ended], limit=_LOAD_LIMIT)
+            if not progress:
+                return _BUSY
+        return _IDLE
 
     async def cancel(
         self, which: JobFilter, after: JobPosition, record: Record, *, count_only: bool
@@ -158,21 +170,16 @@ class JobSets:
                 await load_soon(self._loader, sorted(senders), limit=_LOAD_LIMIT)
         return ChangedJobs(jobs, senders, position)
 
-    async def _write(
-        self, sender_ids: Collection[int] | None = None, until: float | None = None
-    ) -> bool:
-        """Write rows of stored changes, until a time. None means of all senders.
-
-        Return whether no rows are left.
-        """
+    async def _write(self, sender_ids: Collection[int], until: float) -> None:
+        """Write rows of stored changes of some senders, until a time."""
         found = partial(job_changes.unwritten, sender_ids=sender_ids)
         for change_id in await in_transaction(self._engine, found):
-            part = partial(job_changes.write_part, change_id=change_id)
             ended: int | None = None
             while ended is None:
-                if self._loop.stopping or (until is not None and time.monotonic() > until):
-                    return False
-                ended = await in_transaction(self._engine, part)
-            if ended and sender_ids is None:
-                await load_soon(self._loader, [ended], limit=_LOAD_LIMIT)
-        return not await in_transaction(self._engine, found)
+                if self._loop.stopping or time.monotonic() > until:
+                    return
+                ended = await self._write_part(change_id)
+
+    async def _write_part(self, change_id: int) -> int | None:
+        part = partial(job_changes.write_part, change_id=change_id)
+        return await in_transaction(self._engine, part)

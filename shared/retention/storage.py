@@ -42,6 +42,7 @@ from outbox_server.shared.database.models import (
     BatchRejection,
     CountDelta,
     EmailJob,
+    JobChange,
     PurgedCount,
     UserRow,
 )
@@ -174,6 +175,7 @@ def _old_batches() -> ColumnElement[bool]:
     return and_(
         Batch.created_at < _before(),
         Batch.id.not_in(select(BatchCancellation.batch_id)),
+        Batch.id.not_in(select(JobChange.batch_id)),
         Batch.id.not_in(select(CountDelta.batch_id)),
     )
 

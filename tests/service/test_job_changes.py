@@ -146,6 +146,9 @@ async def test_other_changes_of_jobs_whose_rows_are_not_written_are_exact(
     batch = await schedule(scheduler, 100)
     later = RescheduleEmailJobsRequest(batch_id=batch, delay=Duration(seconds=7200))
     assert (await scheduler.jobs.RescheduleEmailJobs(later)).rescheduled_count == 100
+    other = await schedule(scheduler, 1, "bob")
+    foreign = RescheduleEmailJobsRequest(batch_id=other, delay=Duration(seconds=7200))
+    assert (await scheduler.jobs.RescheduleEmailJobs(foreign)).rescheduled_count == 1
     cancel = CancelEmailJobsRequest(user_id="ann", filter="row_number <= 40")
     assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 40
     for row in (1, 50):
@@ -159,13 +162,17 @@ async def test_other_changes_of_jobs_whose_rows_are_not_written_are_exact(
     assert (counts.scheduled_count, counts.cancelled_count) == (58, 41)
     assert counts.suppressed_count == 1
     assert (await scheduler.jobs.RescheduleEmailJobs(later)).rescheduled_count == 58
+    # The loop writes in turns: of each user the oldest change.
+    ids = [change for (change,) in scheduler.rows("SELECT id FROM job_changes ORDER BY id")]
+    async with world.engine.begin() as connection:
+        assert list(await job_changes.oldest_of_users(connection)) == ids[:2]
     await write(world, parts=1)
     await scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=batch))
     done = await get(scheduler, batch)
     assert (done.counts.cancelled_count, done.counts.suppressed_count) == (99, 1)
     assert not done.rescheduling
     await eventually(lambda: not scheduler.rows("SELECT 1 FROM batch_cancellations"))
-    assert not scheduler.rows("SELECT 1 FROM job_changes")
+    assert scheduler.value("SELECT batch_id FROM job_changes") == int(other)
     assert sorted(rows_of(scheduler, batch)) == [CANCELLED] * 99 + [int(JobState.SUPPRESSED)]
 
 

@@ -54,6 +54,7 @@ from outbox_server.shared.database.models import (
     JobChange,
     JobChangeBlock,
     JobChangeKind,
+    Sender,
 )
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.states import JobState
@@ -152,14 +153,23 @@ async def has_room(connection: AsyncConnection, sender_ids: Iterable[int]) -> bo
     return (await connection.scalar(select(func.count()).select_from(some)) or 0) < MOST_UNWRITTEN
 
 
-async def unwritten(
-    connection: AsyncConnection, sender_ids: Collection[int] | None = None
-) -> Sequence[int]:
-    """Return the oldest changes whose rows are not all written. None means of all senders."""
-    found = select(JobChange.id).order_by(JobChange.id).limit(_READ_AT_ONCE)
-    if sender_ids is not None:
-        these = literal(list(sender_ids), ARRAY(BigInteger))
-        found = found.where(JobChange.sender_id == any_(these))
+async def unwritten(connection: AsyncConnection, sender_ids: Collection[int]) -> Sequence[int]:
+    """Return the oldest changes of some senders whose rows are not all written."""
+    these = JobChange.sender_id == any_(literal(list(sender_ids), ARRAY(BigInteger)))
+    found = select(JobChange.id).where(these).order_by(JobChange.id).limit(_READ_AT_ONCE)
+    return (await connection.execute(found)).scalars().all()
+
+
+async def oldest_of_users(connection: AsyncConnection) -> Sequence[int]:
+    """Return the oldest change of each user whose rows are not all written."""
+    oldest = func.min(JobChange.id)
+    found = (
+        select(oldest)
+        .join(Sender, Sender.id == JobChange.sender_id)
+        .group_by(Sender.user_id)
+        .order_by(oldest)
+        .limit(_READ_AT_ONCE)
+    )
     return (await connection.execute(found)).scalars().all()
 
 
@@ -175,13 +185,18 @@ async def write_part(connection: AsyncConnection, change_id: int) -> int | None:
     Return 0 if another process is at it, or nothing is left to do.
     """
     this = JobChange.id == change_id
-    of_change = select(JobChange.batch_id).where(this).scalar_subquery()
-    # Before the rows, as every change of a batch and its jobs does.
-    locked = select(Batch.id).where(Batch.id == of_change)
-    locked = locked.with_for_update(key_share=True, skip_locked=True)
+    found = (await connection.execute(select(JobChange).where(this))).one_or_none()
+    if found is None:
+        return 0
+    # Before the change and the rows, as everything that changes a batch and its jobs does. Marks,
+    # which lock the batch FOR SHARE, go on while jobs are retried.
+    shared = found.kind == JobChangeKind.RETRY
+    batch = select(Batch.id).where(Batch.id == found.batch_id)
+    locked = batch.with_for_update(read=shared, key_share=not shared, skip_locked=True)
     if await connection.scalar(locked) is None:
         return 0
-    change = (await connection.execute(select(JobChange).where(this))).one_or_none()
+    again = select(JobChange).where(this).with_for_update(skip_locked=True)
+    change = (await connection.execute(again)).one_or_none()
     if change is None:
         return 0
     of_this = JobChangeBlock.change_id == change_id
