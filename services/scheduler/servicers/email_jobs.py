@@ -32,7 +32,7 @@ from outbox_server.services.scheduler.servicers.job_mapping import (
 from outbox_server.services.scheduler.servicers.preview_mapping import to_mail
 from outbox_server.services.scheduler.storage import email_jobs as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
-from outbox_server.services.scheduler.storage.cancelling import end_waiting, lock_batches_of
+from outbox_server.services.scheduler.storage.cancelling import end_waiting, lock_batches
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord
 from outbox_server.services.scheduler.storage.reopening import (
     FailedJobs,
@@ -157,7 +157,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
 
         async def cancel(connection: AsyncConnection) -> tuple[int, JobRecord | None]:
             this = storage.is_job_of(job_id, user_id)
-            await lock_batches_of(connection, this)
+            await lock_batches(connection, storage.is_batch_of(this))
             moved = await end_waiting(connection, this, JobState.CANCELLED)
             job = await storage.read_job(connection, job_id, user_id)
             if moved.jobs and job is not None:

@@ -76,14 +76,13 @@ async def end_waiting(
     return EndedJobs(row.jobs, tuple(row.senders or ()), row.last_id)
 
 
-async def lock_batches_of(connection: AsyncConnection, which: ColumnElement[bool]) -> None:
-    """Lock the batches of some jobs against changes of many of their jobs.
+async def lock_batches(connection: AsyncConnection, which: ColumnElement[bool]) -> None:
+    """Lock batches against changes of many of their jobs, before some of these are ended.
 
     Such a change counts the waiting jobs that it means, without a lock on each.
     """
-    batches = select(EmailJob.batch_id).where(which)
-    locked = select(Batch.id).where(Batch.id.in_(batches)).order_by(Batch.id)
-    await connection.execute(locked.with_for_update(read=True))
+    locked = select(Batch.id).where(which).order_by(Batch.id).with_for_update(read=True)
+    await connection.execute(locked)
 
 
 async def end_these(

@@ -241,6 +241,11 @@ def is_job_of(job_id: int, user_id: str | None) -> ColumnElement[bool]:
     return (EmailJob.id == job_id) & batch.correlate(EmailJob).exists()
 
 
+def is_batch_of(job: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Return the condition for the batch of one job."""
+    return Batch.id == select(EmailJob.batch_id).where(job).scalar_subquery()
+
+
 async def job_exists(connection: AsyncConnection, job_id: int, user_id: str | None) -> bool:
     """Return whether the job exists and belongs to this user. None means any user."""
     found = await connection.execute(select(EmailJob.id).where(is_job_of(job_id, user_id)))

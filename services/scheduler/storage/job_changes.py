@@ -61,9 +61,9 @@ from outbox_server.shared.states import JobState
 
 # The number of rows that one transaction writes, in about 0.3 s.
 WRITTEN_AT_ONCE: Final = 10_000
-# A sender may have so many changes that are not written: loads of its head and lists compare them
-# with each job.
-MOST_UNWRITTEN: Final = 100
+# A sender may have about so many changes that are not written. A load of its head compares their
+# batches with each job that it passes: 0.4 s for a million jobs.
+MOST_UNWRITTEN: Final = 250
 _READ_AT_ONCE: Final = 1_000
 _BIT: Final = literal(1, BigInteger)
 # The latest time that a job may get, so that it can be shown, with its expiry.

@@ -62,7 +62,7 @@ from outbox_server.shared.user_quotas import UserQuotas
 
 # The number of rows that one part reads, in about 0.2 s, and of batches that it looks at.
 _ROWS_AT_ONCE: Final = 200_000
-_BATCHES_AT_ONCE: Final = job_changes.MOST_UNWRITTEN
+_BATCHES_AT_ONCE: Final = 100
 _BATCHES_SEEN: Final = 5_000
 # The number of jobs that a list finds at once.
 _FOUND_AT_ONCE: Final = 5_000

@@ -20,7 +20,7 @@ from outbox_server.services.scheduler.storage.cancelling import (
     SWEPT_AT_ONCE,
     EndedJobs,
     end_waiting,
-    lock_batches_of,
+    lock_batches,
 )
 from outbox_server.services.scheduler.storage.conditions import (
     is_addressed_to,
@@ -102,31 +102,34 @@ async def end_part(
     limit = limit or SWEPT_AT_ONCE
     if jobs.by_index:
         which, *others = jobs.by_index
-        found = await _find_by_index(connection, jobs.user_id, which, limit)
-        more = jobs.by_index if len(found) == limit else tuple(others)
+        jobs_found = await _find_by_index(connection, jobs.user_id, which, limit)
+        more = jobs.by_index if len(jobs_found) == limit else tuple(others)
         rest = WaitingJobs(jobs.user_id, more, jobs.by_row, jobs.after)
-        if not found:
+        if not jobs_found:
             return await end_part(connection, rest, limit)
     elif jobs.by_row is not None:
         which = jobs.by_row
         wanted = JobFilter(jobs.user_id, _WAITING)
         walked = await walk_batches(connection, wanted, which, jobs.after, limit)
-        found = [job_id for _, job_id in walked.found]
-        after = walked.found[-1] if len(found) == limit else walked.reached
+        jobs_found = walked.found
+        after = walked.found[-1] if len(jobs_found) == limit else walked.reached
         by_row = None if after is None else which
         rest = WaitingJobs(jobs.user_id, (), by_row, after or _START)
     else:
         return EndedPart(EndedJobs(0, (), 0), jobs)
-    if not found:
+    if not jobs_found:
         return EndedPart(EndedJobs(0, (), 0), rest)
+    batch_ids = sorted({batch_id for batch_id, _ in jobs_found})
+    await lock_batches(connection, Batch.id == any_(literal(batch_ids, ARRAY(BigInteger))))
+    found = [job_id for _, job_id in jobs_found]
     these = EmailJob.id == any_(literal(found, ARRAY(BigInteger)))
-    await lock_batches_of(connection, these)
     return EndedPart(await end_waiting(connection, these & which, JobState.SUPPRESSED), rest)
 
 
 async def _find_by_index(
     connection: AsyncConnection, user_id: str, which: ColumnElement[bool], limit: int
-) -> list[int]:
+) -> Sequence[JobPosition]:
     owned = owned_by(select(Batch.id).where(Batch.id == EmailJob.batch_id), Batch.user_id, user_id)
     waiting = which & is_now(JobState.SCHEDULED) & owned.correlate(EmailJob).exists()
-    return list((await connection.scalars(select(EmailJob.id).where(waiting).limit(limit))).all())
+    found = select(EmailJob.batch_id, EmailJob.id).where(waiting).limit(limit)
+    return [(row.batch_id, row.id) for row in await connection.execute(found)]
