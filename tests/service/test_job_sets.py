@@ -122,7 +122,10 @@ async def test_jobs_that_match_are_cancelled_in_parts_and_no_others(scheduler: S
     assert await cancel(scheduler, user_id="ann", filter=wanted) == (4, 5)
     assert states(scheduler, mine) == [6, 4, 6, 4, 6, 4, 6]
     assert states(scheduler, theirs) == [1] * 7
-    # Nothing is left to cancel.
+    # Nothing is left to cancel, and no waiting job has another state.
+    for dry in (True, False):
+        sending = {"filter": "state = SENDING", "validate_only": dry}
+        assert await cancel(scheduler, user_id="ann", **sending) == (0, 1)
     assert (await cancel(scheduler, user_id="ann", filter=wanted))[0] == 0
     # Without a user, for the sender of the other user.
     assert await cancel(scheduler, sender_id=foreign.sender_id, filter="row_number = 7") == (1, 5)

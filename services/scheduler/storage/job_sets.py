@@ -129,6 +129,8 @@ async def count_part(
 ) -> ChangedJobs:
     """Count some jobs that match, and change nothing."""
     rows = await _next_rows(connection, which, after, change.state)
+    if not rows.batch_ids:
+        return ChangedJobs(reached=rows.reached)
     these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
     active = select(Batch.id).where(these, Batch.state == BatchState.ACTIVE)
     batch_ids = (await connection.scalars(active)).all()
@@ -146,10 +148,12 @@ async def change_part(
         ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
     """
     rows = await _next_rows(connection, which, after, change.state)
+    if not rows.batch_ids:
+        return ChangedJobs(reached=rows.reached)
     if not await job_changes.has_room(connection, rows.sender_ids):
         return ChangedJobs(0, rows.sender_ids, after, waits=True)
     these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
-    if rows.batch_ids and change.quotas is not None:
+    if change.quotas is not None:
         owner = await connection.execute(select(Batch.user_id).where(these).limit(1))
         await lock_user(connection, owner.scalar_one())
     # Waits for the marks under way. In the order of ids, so that there are no deadlocks.
