@@ -7,7 +7,7 @@ own text is for the log.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,6 +60,7 @@ _REFUSED: Final = {
     "authentication failed": "login refused",
     "not permitted to log in": "login refused",
     "no pg_hba.conf entry": "login refused",
+    "no password supplied": "login refused",
     "too many connections": "out of resources",
     "too many clients": "out of resources",
     "remaining connection slots": "out of resources",
@@ -151,19 +152,18 @@ def _of_driver(cause: BaseException, text: str) -> str:
     for length in (5, 3, 2):
         if state and state[:length] in _STATES:
             return _STATES[state[:length]]
-    if isinstance(cause, psycopg.OperationalError):
-        if _MISSING.search(text):
-            return _STATES["3D000"]
-        for part, words in _REFUSED.items():
-            if part in text:
-                return words
+    if isinstance(cause, psycopg.OperationalError) and _MISSING.search(text):
+        return _STATES["3D000"]
     if (refusal := refusal_of(cause)) is not None:
         return _REPLIES[refusal]
-    if isinstance(cause, redis_errors.RedisError):
-        for part, words in _IN_SCRIPTS.items():
-            if part in text:
-                return words
-    return next((words for kind, words in _KINDS if isinstance(cause, kind)), FAILED)
+    parts: Mapping[str, str] = {}
+    if isinstance(cause, psycopg.OperationalError):
+        parts = _REFUSED
+    elif isinstance(cause, redis_errors.RedisError):
+        parts = _IN_SCRIPTS
+    said = (words for part, words in parts.items() if part in text)
+    kinds = (words for kind, words in _KINDS if isinstance(cause, kind))
+    return next(said, next(kinds, FAILED))
 
 
 def _text(cause: BaseException) -> str:

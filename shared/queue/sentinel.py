@@ -54,10 +54,11 @@ class PrimaryPlace:
         failures: list[str] = []
         for sentinel in tuple(sentinels):
             try:
-                state = (await sentinel.sentinel_masters()).get(self._name)
+                masters: Any = await sentinel.sentinel_masters()
             except (RedisError, OSError) as error:
                 failures.append(str(error))
                 continue
+            state = masters.get(self._name)
             if state and self._manager.check_master_state(state, self._name):
                 found.append((str(state["ip"]), int(state["port"])))
                 if found[-1] not in self._doubted:

@@ -27,7 +27,7 @@ async def test_calls_and_listeners_follow_a_failover(stores: Stores, tmp_path: P
     async with watched_pair(stores.redis.binary or valkey_binary(), tmp_path) as watched:
         settings = load_settings(redis_url=watched.url)
         async with connect(settings) as client, connect(settings, listening=True) as listening:
-            # The first sentinel that answers names a server that is gone. The next call asks others.
+            # The first sentinel that answers names a server that is gone. Then others are asked.
             for each in (client, listening):
                 await eventually(partial(answers, each))
             assert await port_of(client) == watched.primary.port

@@ -50,8 +50,7 @@ def error_of(reply: str) -> Exception:
             "permission denied",
         ),
         (
-            "ERR Error running script (call to f_1): @user_script:19: @user_script: 19: "
-            "The user executing the script can't run this command or subcommand",
+            "ERR Error running script: 19: The user executing the script can't run this command",
             None,
             "permission denied",
         ),
