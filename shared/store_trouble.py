@@ -69,15 +69,15 @@ _REFUSED: Final = {
     "not currently accepting connections": "starting or stopping",
 }
 _MISSING: Final = re.compile(r'database "[^"]*" does not exist')
-# Parts of the errors of scripts, which have no such word.
+# Parts of the errors of scripts, which have no such word; in lower case.
 _IN_SCRIPTS: Final = {
     # A key of the script is on another node, as the slot is being moved.
     "non local key": MOVING,
-    "ACL failure": "permission denied",
+    "acl failure": "permission denied",
     # Of Redis 6.2.
     "executing the script can't": "permission denied",
     # The server has renamed it.
-    "nknown Redis command": "command disabled",
+    "unknown redis command": "command disabled",
     "unknown command": "command disabled",
 }
 _KINDS: Final[tuple[tuple[type[Exception], str], ...]] = (
@@ -161,7 +161,7 @@ def _of_driver(cause: BaseException, text: str) -> str:
         parts = _REFUSED
     elif isinstance(cause, redis_errors.RedisError):
         parts = _IN_SCRIPTS
-    said = (words for part, words in parts.items() if part in text)
+    said = (words for part, words in parts.items() if part in text.lower())
     kinds = (words for kind, words in _KINDS if isinstance(cause, kind))
     return next(said, next(kinds, FAILED))
 

@@ -55,6 +55,7 @@ def error_of(reply: str) -> Exception:
             "permission denied",
         ),
         ("ERR Unknown Redis command called from script", None, "command disabled"),
+        ("ERR Unknown command called from script script: on @u:4.", None, "command disabled"),
         ("ERR unknown command 'EVALSHA', with args beginning with:", None, "command disabled"),
         ("WRONGTYPE Operation against a key", None, "failed"),
     ],
