@@ -22,7 +22,8 @@ class Loop:
 
     After an error in `errors` the step is tried again. The pause before that is `retry` and doubles
     with each failure in a row up to `longest_retry` (default: no growth). The first failure in a
-    row is logged under `name`, with its trace if `trace` is set. Any other error ends the loop.
+    row is logged under `name`, with its trace if `trace` is set and it is not one of `expected`.
+    Any other error ends the loop.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Loop:
         retry: timedelta = timedelta(seconds=1),
         longest_retry: timedelta | None = None,
         trace: bool = False,
+        expected: tuple[type[Exception], ...] = (),
     ) -> None:
         self._name = name
         self._step = step
@@ -41,6 +43,7 @@ class Loop:
         self._retry = retry
         self._longest_retry = longest_retry or retry
         self._trace = trace
+        self._expected = expected
         self._failures = 0
         self._next_retry = retry
         self._stop = asyncio.Event()
@@ -89,7 +92,7 @@ class Loop:
         self._failures += 1
         # Once per outage: the next steps most likely fail for the same reason.
         if self._failures == 1:
-            trace = error if self._trace else None
+            trace = error if self._trace and not isinstance(error, self._expected) else None
             _log.warning(f"{self._name} failed", error=type(error).__name__, exc_info=trace)
         pause = self._next_retry
         self._next_retry = min(pause * 2, self._longest_retry)

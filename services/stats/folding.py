@@ -30,11 +30,15 @@ class Pauses:
 
 
 async def fold_until_stopped(
-    fold: Callable[[], Awaitable[int]], stop: asyncio.Event, pauses: Pauses | None = None
+    fold: Callable[[], Awaitable[int]],
+    stop: asyncio.Event,
+    pauses: Pauses | None = None,
+    expected: tuple[type[Exception], ...] = (),
 ) -> None:
     """Fold until `stop` is set. `fold` folds some deltas and returns how many, 0 if none are left.
 
-    After an error, which is logged, folding is tried again.
+    After an error, which is logged, folding is tried again. Those in `expected` are logged without
+    their stack trace.
     """
     pauses = pauses or Pauses()
     log = structlog.get_logger("outbox.folding")
@@ -62,5 +66,6 @@ async def fold_until_stopped(
         retry=pauses.busy,
         longest_retry=pauses.failing,
         trace=True,
+        expected=(TimeoutError, *expected),
     )
     await loop.run(stop)

@@ -93,7 +93,7 @@ async def _serve(run: AgreedRun) -> None:
 
         work: list[Callable[[], Awaitable[None]]] = [
             partial(watch.run, stop),
-            partial(fold_until_stopped, fold, stop),
+            partial(fold_until_stopped, fold, stop, expected=DATABASE_ERRORS),
         ]
         if settings.retention is not None:
             work.append(partial(Purger(removing, settings.retention).run, stop))

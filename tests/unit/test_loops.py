@@ -196,13 +196,23 @@ async def test_the_first_failure_in_a_row_is_logged_and_so_is_its_end() -> None:
 
 
 @pytest.mark.parametrize("trace", [False, True])
-async def test_the_stack_trace_is_logged_on_request(trace: bool) -> None:
-    error = OSError()
-    loop = Loop("reading", Steps(error).step, errors=(OSError,), retry=NOW, trace=trace)
+@pytest.mark.parametrize("expected", [False, True])
+async def test_the_stack_trace_of_an_unexpected_error_is_logged_on_request(
+    *, trace: bool, expected: bool
+) -> None:
+    error = ConnectionError() if expected else OSError()
+    loop = Loop(
+        "reading",
+        Steps(error).step,
+        errors=(OSError,),
+        retry=NOW,
+        trace=trace,
+        expected=(ConnectionError,),
+    )
     with capture_logs() as logs:
         async with running(loop):
             await eventually(lambda: len(logs) == 2)
-    assert logs[0].get("exc_info") == (error if trace else None)
+    assert logs[0].get("exc_info") == (error if trace and not expected else None)
 
 
 async def test_a_loop_whose_step_swallowed_its_cancellation_ends() -> None:
