@@ -167,7 +167,7 @@ async def test_a_gap_is_rounded_up_to_whole_milliseconds(scheduler: Scheduler) -
             "SMTP_ENDPOINT_INVALID",
         ),
         (
-            {"sending_hours": sender_pb2.SendingHours()},
+            {"sending_hours": sender_pb2.SendingHours(start="09:00", end="17:00")},
             "sending_hours.time_zone",
             "UNKNOWN_TIME_ZONE",
         ),

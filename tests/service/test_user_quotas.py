@@ -315,7 +315,7 @@ class WrongChange:
 @pytest.mark.parametrize(
     "wrong",
     [
-        WrongChange(User(), "*", "USER_ID_REQUIRED", "user_id"),
+        WrongChange(User(), "*", "USER_ID_REQUIRED", "user.user_id"),
         WrongChange(User(user_id="x" * 129), "*", "USER_ID_INVALID", "user.user_id"),
         WrongChange(User(user_id="a"), "usage", "UPDATE_MASK_INVALID", "update_mask"),
         WrongChange(User(user_id="a"), "quotas.none", "UPDATE_MASK_INVALID", "update_mask"),

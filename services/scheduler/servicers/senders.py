@@ -51,7 +51,9 @@ from outbox_server.services.scheduler.servicers.sender_mapping import (
     without_certificates,
 )
 from outbox_server.services.scheduler.smtp_presets import (
+    PROVIDERS,
     PresetProvider,
+    SmtpPreset,
     complete_address,
     provider_of,
 )
@@ -491,7 +493,11 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             InvalidInput: SMTP_ENDPOINT_INVALID.
         """
         wrong = Violations()
-        provider = wrong.value(lambda: provider_of("sender.smtp.preset", asked.preset), None)
+        # A preset that is wrong would have filled in what is not set: with any other's values, only
+        # wrong ones are named.
+        provider = wrong.value(
+            lambda: provider_of("sender.smtp.preset", asked.preset), PROVIDERS[SmtpPreset.GMAIL]
+        )
         host, port, security = complete_address(provider, asked.host, asked.port, asked.security)
         with wrong:
             endpoint = senders.check_endpoint(
