@@ -84,6 +84,13 @@ async def test_all_wrong_fields_of_a_list_and_of_a_suppression_are_reported(
     }
 
 
+async def test_what_no_job_can_match_finds_nothing_also_in_the_first_call(
+    scheduler: Scheduler,
+) -> None:
+    request = email_job_service_pb2.ListEmailJobsRequest(user_id="ann", recipient="\0")
+    assert not (await scheduler.jobs.ListEmailJobs(request)).email_jobs
+
+
 async def test_all_wrong_paths_of_a_mask_are_reported(scheduler: Scheduler) -> None:
     sender = await scheduler.sender()
     update = UpdateSenderRequest(

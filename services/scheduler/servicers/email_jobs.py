@@ -44,6 +44,7 @@ from outbox_server.services.scheduler.storage.reopening import (
 from outbox_server.shared import bounds
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.database.message_ids import installation_id
+from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.rpc.paging import requested_page
@@ -119,6 +120,8 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     ) -> email_job_service_pb2.ListEmailJobsResponse:
         """Return one page of jobs."""
         which = listed_jobs(request)
+        # Nothing is read if no job can match.
+        bind_call(which.user_id)
         filters = (request.sender_id, request.batch_id, request.state, request.recipient)
         page = requested_page(
             request,

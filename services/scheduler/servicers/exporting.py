@@ -15,6 +15,7 @@ from outbox_server.services.scheduler.storage.email_jobs import JobRecord, list_
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
 from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.database.engine import snapshot
+from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import id_text
@@ -42,6 +43,7 @@ class JobExporter:
         """
         tree = job_tree(request)
         which = JobFilter(listed_user(request.user_id, narrowed=is_narrowed(tree)), tree)
+        bind_call(which.user_id)
         stream = page_tokens.digest_filters(
             which.user_id, request.sender_id, request.batch_id, request.filter
         )
