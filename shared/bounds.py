@@ -71,6 +71,8 @@ MAX_ROW_VALUES: Final = 10_000_000
 MAX_COLUMNS: Final = 1_000
 MAX_COLUMN_NAME: Final = 256
 MAX_HEADER: Final = 256 * 1024
+# Separators in one line of a CSV. Cells beyond the header are ignored, but have to be read.
+MAX_CELLS: Final = 1_000_000
 # Number of lines before the header.
 MAX_SKIP_LINES: Final = 1_000
 # More than the largest mail. A longer cell is most likely a quote that is never closed.

@@ -17,7 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS, MAX_HEADER
+from outbox_server.shared.bounds import (
+    MAX_CELL,
+    MAX_CELLS,
+    MAX_COLUMN_NAME,
+    MAX_COLUMNS,
+    MAX_HEADER,
+)
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.address_column import find_email_column, no_email_column, show
 from outbox_server.shared.intake.csv_header import HeaderCandidate, choose
@@ -35,8 +41,10 @@ _MOST_AT_THE_END = 4096
 # What a line of empty cells consists of.
 _EMPTY_LINE = f'{_SEPARATORS}" \r\n\u00a0'
 _TOO_LONG = (
-    f"a cell or a line has more than {MAX_CELL:,} characters; check that each quote is closed"
+    f"a cell, a line or a row has more than {MAX_CELL:,} characters; "
+    "check that each quote is closed"
 )
+_TOO_MANY_CELLS = f"a line has more than {MAX_CELLS:,} separators"
 _HEADER_TOO_LONG = (
     f"the header must have at most {MAX_HEADER:,} characters; "
     "check that the first line has the names of the columns"
@@ -101,7 +109,7 @@ def read_csv(chunks: Iterator[bytes], email_column: str = "", skip_lines: int = 
     """
     # The csv module has one limit for the whole process. Its default of 131,072 is too low.
     csv.field_size_limit(MAX_CELL)
-    state = _EndMarker()
+    state = _Progress()
     lines = _lines(chunks, state)
     try:
         header_lines, separator = _header_lines(lines, state, email_column, skip_lines)
@@ -122,13 +130,15 @@ def read_csv(chunks: Iterator[bytes], email_column: str = "", skip_lines: int = 
     return CsvTable(columns, names, email_index, separator, _rows(reader, state))
 
 
-class _EndMarker:
-    """Knows whether the line that marks the end has been read."""
+class _Progress:
+    """Knows whether the line that marks the end has been read, and how much text is read."""
 
-    __slots__ = ("reached",)
+    __slots__ = ("before_row", "reached", "read")
 
     def __init__(self) -> None:
         self.reached = False
+        # Characters that the csv module got: in all, and before the row that it reads.
+        self.read = self.before_row = 0
 
     def mark(self) -> Iterator[str]:
         """Yield the line that marks the end."""
@@ -136,12 +146,13 @@ class _EndMarker:
         yield _END
 
 
-def _rows(reader: Iterator[list[str]], state: _EndMarker) -> Iterator[tuple[int, list[str]]]:
+def _rows(reader: Iterator[list[str]], state: _Progress) -> Iterator[tuple[int, list[str]]]:
     number = 0
     empty = True
     try:
         for cells in reader:
             number += 1
+            state.before_row = state.read
             if state.reached:
                 if cells != [_END]:
                     raise _unclosed_quote(f"row {number}")
@@ -159,14 +170,49 @@ def _rows(reader: Iterator[list[str]], state: _EndMarker) -> Iterator[tuple[int,
         raise InvalidInput("the CSV has no rows after the header", reason="CSV_NO_ROWS")
 
 
-def _lines(chunks: Iterator[bytes], state: _EndMarker) -> Iterator[str]:
+def _lines(chunks: Iterator[bytes], state: _Progress) -> Iterator[str]:
     """Return the lines with their ends, followed by the line that marks the end.
 
     To be fast, no Python code runs for a single line.
     """
-    pieces = _pieces(_without_end_mark(_texts(chunks)))
+    pieces = _checked_pieces(_pieces(_without_end_mark(_texts(chunks))), state)
     lines = chain.from_iterable(io.StringIO(piece, newline="") for piece in pieces)
     return chain(lines, state.mark())
+
+
+def _checked_pieces(pieces: Iterator[str], state: _Progress) -> Iterator[str]:
+    """Yield the pieces; fail at a row that is too long, or at a line of too many cells.
+
+    A row of many lines, as an open quote makes it, would take memory without end. The csv module
+    splits a line in one step, which stops all other threads.
+    """
+    for piece in pieces:
+        if state.read - state.before_row > MAX_CELL:
+            raise _BadText("CSV_CELL_TOO_LONG", _TOO_LONG, -1)
+        state.read += len(piece)
+        bad = _line_of_many_cells(piece)
+        if bad is not None:
+            yield piece[:bad]
+            raise _BadText("CSV_CELL_TOO_LONG", _TOO_MANY_CELLS, -1)
+        yield piece
+
+
+def _line_of_many_cells(piece: str) -> int | None:
+    """Return where a line with too many separators begins; None if there is none.
+
+    Only lines that are long enough are looked at.
+    """
+    at = 0
+    while len(piece) - at > MAX_CELLS:
+        newline = piece.rfind("\n", at, at + MAX_CELLS)
+        end = max(newline, piece.rfind("\r", max(newline + 1, at), at + MAX_CELLS)) + 1
+        if not end:
+            ends = [piece.find(mark, at + MAX_CELLS) + 1 for mark in "\r\n"]
+            end = min(filter(None, ends), default=len(piece))
+            if any(piece.count(mark, at, end) > MAX_CELLS for mark in _SEPARATORS):
+                return at
+        at = end
+    return None
 
 
 def _pieces(texts: Iterator[str]) -> Iterator[str]:
@@ -281,7 +327,7 @@ def _not_text(error: UnicodeDecodeError, start: int, encoding: str) -> _BadText:
 
 
 def _header_lines(
-    lines: Iterator[str], state: _EndMarker, email_column: str, skip_lines: int
+    lines: Iterator[str], state: _Progress, email_column: str, skip_lines: int
 ) -> tuple[list[str], str]:
     """Return the lines of the header, which is the first row that is not empty, and its separator.
 

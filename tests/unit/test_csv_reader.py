@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from outbox_server.shared.bounds import MAX_CELLS
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.csv_reader import CsvTable, read_csv
 
@@ -201,6 +202,37 @@ def test_an_endless_cell_is_refused_using_little_memory() -> None:
         with pytest.raises(InvalidInput) as caught:
             list(read_csv(endless(start)).rows())
         assert caught.value.reason == "CSV_CELL_TOO_LONG"
+
+
+def test_an_endless_row_of_many_lines_is_refused() -> None:
+    def endless() -> Iterator[bytes]:
+        yield b'email,name\nann@example.com,x\na,"\n'
+        for _ in range(600):
+            yield b'","\n' * 16384
+        pytest.fail("it was read to its end")
+
+    rows = read_csv(endless()).rows()
+    assert next(rows) == (1, ["ann@example.com", "x"])
+    with pytest.raises(InvalidInput, match=r"^row 2: a cell, a line or a row has more") as caught:
+        next(rows)
+    assert caught.value.reason == "CSV_CELL_TOO_LONG"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", ""])
+@pytest.mark.parametrize("separator", ",;\t|")
+def test_a_line_of_too_many_separators_is_refused_before_it_is_split(
+    end: str, separator: str
+) -> None:
+    before = f"email{separator}a\r\nann@example.com{separator}" + "x" * MAX_CELLS + (end or "\n")
+    line = "b@example.com" + separator * (MAX_CELLS + 1) + end
+    rows = read_csv(iter([f"{before}{line}c@example.com".encode()])).rows()
+    assert next(rows)[0] == 1
+    with pytest.raises(InvalidInput, match=r"^row 2: a line has more than 1,000,000 sep") as caught:
+        next(rows)
+    assert caught.value.reason == "CSV_CELL_TOO_LONG"
+    # One less is read.
+    rows = read_csv(iter([before.encode(), line.replace(separator, "", 1).encode()])).rows()
+    assert [len(cells) for _, cells in rows] == [2, MAX_CELLS + 1]
 
 
 def test_memory_does_not_grow_with_the_file() -> None:
