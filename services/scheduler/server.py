@@ -88,6 +88,9 @@ from outbox_server.shared.user_quotas import UserQuotas
 # Pages of exports that are read at once, in about 10 ms each, and those that wait.
 _EXPORT_READS: Final = 4
 _WAITING_EXPORTS: Final = 500
+# Erasures under way, each of which compares all rejections of its user, and those that wait.
+_ERASURES: Final = 4
+_WAITING_ERASURES: Final = 100
 
 
 async def serve(
@@ -393,7 +396,11 @@ def _services(
         ServiceBinding(
             "outbox.v1.SuppressionService",
             partial(add_SuppressionServiceServicer_to_server, suppressions),
-            {"ImportSuppressions": imports.shares, "ImportSuppressionsFile": imports.shares},
+            {
+                "ImportSuppressions": imports.shares,
+                "ImportSuppressionsFile": imports.shares,
+                "EraseRecipient": FairShares("erasures", _ERASURES, waiting=_WAITING_ERASURES),
+            },
         ),
         ServiceBinding("outbox.v1.HoldService", partial(add_HoldServiceServicer_to_server, holds)),
         ServiceBinding("outbox.v1.UserService", partial(add_UserServiceServicer_to_server, users)),

@@ -13,7 +13,11 @@ import psycopg
 import pytest
 from outbox.v1 import stats_service_pb2_grpc
 from outbox.v1.batch_pb2 import BatchOptions
-from outbox.v1.batch_service_pb2 import UploadBatchRequest, WatchBatchRequest
+from outbox.v1.batch_service_pb2 import (
+    ScheduleBatchRequest,
+    UploadBatchRequest,
+    WatchBatchRequest,
+)
 from outbox.v1.sender_pb2 import SMTP_SECURITY_NONE, Sender, SmtpEndpoint
 from outbox.v1.sender_service_pb2 import (
     GetSenderRequest,
@@ -21,6 +25,7 @@ from outbox.v1.sender_service_pb2 import (
     VerifySenderRequest,
 )
 from outbox.v1.stats_service_pb2 import ForecastBatchRequest, PlannedBatch
+from outbox.v1.suppression_service_pb2 import EraseRecipientRequest
 
 from outbox_server.services.scheduler.verifying import AT_ONCE_PER_USER
 from tests.eventually import PATIENCE, eventually
@@ -102,6 +107,33 @@ async def test_requests_of_many_empty_entries_leave_the_calls_of_another_as_fast
         await check_as_fast(call, quiet)
         await give_up(floods)
         assert set(answers) == {("UPDATE_MASK_INVALID", "")}
+
+
+async def test_erasures_of_one_user_leave_the_calls_of_another_as_fast_as_before(
+    database_url: str, redis_url: str
+) -> None:
+    # Texts that were cut have to be compared with each part of the address.
+    wrong = "".join(f"{'x' * 300}{number}\n" for number in range(10_000))
+    address = f"x@{'long.' * 48}org"
+    async with rivals(database_url, redis_url) as both:
+        hers, evil = await both.sender(both.ann), await both.sender(both.eve)
+        for _ in range(2):
+            request = ScheduleBatchRequest(
+                options=options_for(evil), csv=f"email\na@b.org\n{wrong}".encode()
+            )
+            await both.scheduler.batches.ScheduleBatch(request, metadata=both.eve)
+        call, quiet = await quiet_and_loaded(both, hers)
+        erasures = [
+            asyncio.ensure_future(
+                both.scheduler.suppressions.EraseRecipient(
+                    EraseRecipientRequest(email=address), metadata=both.eve
+                )
+            )
+            for _ in range(40)
+        ]
+        await check_as_fast(call, quiet)
+        assert {reason for reason, _ in refusals(erasures)} <= {"TOO_MANY_CALLS"}
+        await give_up(erasures)
 
 
 async def trickle(

@@ -70,7 +70,7 @@ from outbox_server.shared.states import JobState, SuppressionForm
 # The number of rows that one transaction changes.
 ERASED_AT_ONCE: Final = 1_000
 # The number of rejections that one statement reads.
-_READ_AT_ONCE: Final = 5_000
+_READ_AT_ONCE: Final = 1_000
 # What stands in place of an erased text.
 _ERASED: Final = "(erased)"
 
