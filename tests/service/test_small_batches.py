@@ -270,6 +270,19 @@ async def test_a_quota_counts_all_calls_of_a_group(scheduler: Scheduler, gate: G
     assert scheduler.value("SELECT count(*) FROM email_jobs") == 5
 
 
+async def test_waiting_jobs_of_cancelled_batches_do_not_count(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender()
+    scheduler.execute("INSERT INTO users (user_id, waiting_jobs) VALUES ('ann', 1)")
+    await begin(scheduler, sender)
+    assert (await refusal_of(begin(scheduler, sender))).reason == "USER_WAITING_JOBS_EXCEEDED"
+    # Its row is still SCHEDULED, until the rows of cancelled batches follow.
+    scheduler.execute(
+        "INSERT INTO batch_cancellations (batch_id, sender_id, cancelled_at)"
+        " SELECT id, sender_id, now() FROM batches"
+    )
+    assert (await begin(scheduler, sender)).batch.accepted_count == 1
+
+
 async def test_suppressed_addresses_get_no_job(scheduler: Scheduler, gate: Gate) -> None:
     sender, other = await scheduler.sender(), await scheduler.sender("bob")
     for address in ("Stop@b.org", "fußball@b.org"):
