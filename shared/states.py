@@ -116,6 +116,14 @@ class BatchState(IntEnum):
     CANCELLED = 2
 
 
+class JobChangeKind(IntEnum):
+    """What a change of many jobs does with them (stored only)."""
+
+    CANCEL = 1
+    RESCHEDULE = 2
+    RETRY = 3
+
+
 class SmtpSecurity(IntEnum):
     """How the connection to an SMTP endpoint is protected."""
 

@@ -26,9 +26,9 @@ from outbox_server.services.scheduler.storage.job_changes import NewTime
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, SetChange
 from outbox_server.shared.database.engine import DATABASE_ERRORS
-from outbox_server.shared.database.models import JobChangeKind
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.loops import Loop
+from outbox_server.shared.states import JobChangeKind
 from outbox_server.shared.user_quotas import UserQuotas
 
 # A part takes up to 0.3 s more, and then heads are loaded.

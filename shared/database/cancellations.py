@@ -38,9 +38,8 @@ from outbox_server.shared.database.models import (
     EmailJob,
     JobChange,
     JobChangeBlock,
-    JobChangeKind,
 )
-from outbox_server.shared.states import JobState
+from outbox_server.shared.states import JobChangeKind, JobState
 
 # The most cancelled batches that are compared with each row.
 _MOST_IN_ARRAY: Final = 50

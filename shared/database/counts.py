@@ -38,11 +38,10 @@ from outbox_server.shared.database.models import (
     CountDelta,
     EmailJob,
     JobChange,
-    JobChangeKind,
     Sender,
     SenderCount,
 )
-from outbox_server.shared.states import JobState
+from outbox_server.shared.states import JobChangeKind, JobState
 
 # Used in place of a state, for jobs whose row is SCHEDULED and whose batch is cancelled.
 _WAITS_CANCELLED: Final = 0

@@ -265,9 +265,10 @@ async def test_a_scheduler_that_is_killed_while_mail_is_sent_cancels_exactly_wha
     scheduler: Scheduler, world: World, inbox: Inbox, tmp_path: Path
 ) -> None:
     """kill -9 in the middle of 6,600 rows, while a dispatcher sends mail of the same batch."""
-    urls = {name: getattr(scheduler.settings, name) for name in ("database_url", "redis_url")}
-    settings = {**urls, "auth": "off", "min_gap": "0", "user_waiting_jobs": "1000000"}
-    async with running(settings_of(options(*urls.values(), inbox.url))):
+    urls = scheduler.settings.database_url, scheduler.settings.redis_url
+    settings = dict(zip(("database_url", "redis_url"), urls, strict=True))
+    settings |= {"auth": "off", "min_gap": "0", "user_waiting_jobs": "1000000"}
+    async with running(settings_of(options(*urls, inbox.url))):
         batch = await schedule(scheduler, 7_000)
         await eventually(lambda: len(inbox.mails) > 20)
         process = DispatcherProcess(settings, tmp_path / "scheduler.log", "scheduler")

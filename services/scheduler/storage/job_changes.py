@@ -53,11 +53,10 @@ from outbox_server.shared.database.models import (
     EmailJob,
     JobChange,
     JobChangeBlock,
-    JobChangeKind,
     Sender,
 )
 from outbox_server.shared.heads.markers import mark_stale
-from outbox_server.shared.states import JobState
+from outbox_server.shared.states import JobChangeKind, JobState
 
 # The number of rows that one transaction writes, in about 0.3 s.
 WRITTEN_AT_ONCE: Final = 10_000

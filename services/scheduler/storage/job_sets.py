@@ -54,10 +54,10 @@ from outbox_server.services.scheduler.storage.walking import (
 )
 from outbox_server.shared.database.cancellations import being_cancelled, is_being_changed
 from outbox_server.shared.database.counts import batch_counts
-from outbox_server.shared.database.models import Batch, EmailJob, JobChange, JobChangeKind, Sender
+from outbox_server.shared.database.models import Batch, EmailJob, JobChange, Sender
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, read_quotas
-from outbox_server.shared.states import BatchState, JobState
+from outbox_server.shared.states import BatchState, JobChangeKind, JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
 # The number of rows that one part reads, in about 0.2 s, and of batches that it looks at.

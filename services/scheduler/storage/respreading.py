@@ -21,10 +21,9 @@ from outbox_server.shared.database.models import (
     BatchRespread,
     EmailJob,
     JobChange,
-    JobChangeKind,
 )
 from outbox_server.shared.heads.markers import mark_stale
-from outbox_server.shared.states import JobState
+from outbox_server.shared.states import JobChangeKind, JobState
 
 # The number of rows that one transaction changes, in about 0.4 s.
 AT_ONCE: Final = 10_000

@@ -42,7 +42,6 @@ from outbox_server.shared.database.models.installation import (
 from outbox_server.shared.database.models.job_changes import (
     JobChange,
     JobChangeBlock,
-    JobChangeKind,
 )
 from outbox_server.shared.database.models.mail import (
     ApiKeyRow,
@@ -85,7 +84,6 @@ __all__ = [
     "Installation",
     "JobChange",
     "JobChangeBlock",
-    "JobChangeKind",
     "JobEvent",
     "JobEventCount",
     "JobEventCounting",

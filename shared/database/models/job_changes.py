@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from enum import IntEnum
 
 from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, SmallInteger
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.orm import Mapped, mapped_column
 
 from outbox_server.shared.database.models.base import TIME, Base
-
-
-class JobChangeKind(IntEnum):
-    """What a change does with its jobs."""
-
-    CANCEL = 1
-    RESCHEDULE = 2
-    RETRY = 3
 
 
 class JobChange(Base):
@@ -31,7 +22,7 @@ class JobChange(Base):
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     batch_id: Mapped[int] = mapped_column(BigInteger)
     sender_id: Mapped[int] = mapped_column(BigInteger)
-    # A `JobChangeKind`.
+    # A `shared.states.JobChangeKind`.
     kind: Mapped[int] = mapped_column(SmallInteger)
     changed_at: Mapped[datetime] = mapped_column(TIME)
     # The new due time. If it is NULL, the jobs become due `delay` later than they were.
