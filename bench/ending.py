@@ -1,4 +1,4 @@
-"""Rows that cancel a tenth of the backlog: one batch, and one sender."""
+"""Rows that cancel a tenth of the backlog: one batch, one sender, and the jobs of a filter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import grpc
-from outbox.v1 import batch_service_pb2, sender_service_pb2
+from outbox.v1 import batch_service_pb2, email_job_service_pb2, sender_service_pb2
 from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
+from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceStub
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
 from bench.backlog import FEW_SENDERS
@@ -21,9 +22,13 @@ _LIMIT_S: Final = 600.0
 # The batches of the senders that nobody has used yet.
 _UNUSED: Final = """
     SELECT b.id, b.sender_id FROM batches AS b JOIN senders AS s ON s.id = b.sender_id
-    WHERE s.email LIKE %s AND b.state = 1 AND s.deleted_at IS NULL ORDER BY b.id LIMIT 1
+    WHERE s.email LIKE %s AND b.state = 1 AND s.deleted_at IS NULL
+    AND EXISTS (SELECT FROM email_jobs AS j WHERE j.batch_id = b.id AND j.state = 1)
+    ORDER BY b.id LIMIT 1
 """
-_UNSWEPT: Final = "SELECT count(*) FROM batch_cancellations"
+_UNSWEPT: Final = """
+    SELECT (SELECT count(*) FROM batch_cancellations) + (SELECT count(*) FROM job_changes)
+"""
 _LEFT: Final = "SELECT count(*) FROM email_jobs WHERE batch_id = %s AND state = 1"
 
 
@@ -79,6 +84,28 @@ async def _delete(bench: Bench, number: int) -> Figures:
     return await _end(bench, call)
 
 
+async def _cancel_by_filter(bench: Bench, number: int) -> Figures:
+    del number
+
+    async def call(channel: grpc.aio.Channel, batch_id: str, sender_id: str) -> None:
+        del sender_id
+        stub = EmailJobServiceStub(channel)
+        request = email_job_service_pb2.CancelEmailJobsRequest(
+            batch_id=batch_id, filter="row_number > 0"
+        )
+        cancelled = 0
+        while True:
+            answer = await stub.CancelEmailJobs(request)
+            cancelled += answer.cancelled_count
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                break
+        if cancelled != bench.size.tenth:
+            raise RuntimeError(f"cancelled {cancelled} of {bench.size.tenth}")
+
+    return await _end(bench, call)
+
+
 _TARGETS: Final = (RatioTarget((OUTBOX, "answer_s"), 2.0, most=1.0),)
 ROWS: Final = (
     BenchRow(
@@ -86,6 +113,13 @@ ROWS: Final = (
         "CancelBatch until its answer, from which on no job of the batch is sent; and until each "
         "row says CANCELLED, which is written in parts and which nobody waits for",
         {OUTBOX: _cancel},
+        _TARGETS,
+        size=lambda size: f"{size.tenth:,} of {size.jobs:,} jobs",
+    ),
+    BenchRow(
+        "cancel_filter_million",
+        "CancelEmailJobs with a filter that is evaluated for each row, likewise, in some calls",
+        {OUTBOX: _cancel_by_filter},
         _TARGETS,
         size=lambda size: f"{size.tenth:,} of {size.jobs:,} jobs",
     ),

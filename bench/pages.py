@@ -116,6 +116,8 @@ _STEPS: Final[tuple[tuple[str, str, str, str, Callable[[float], float]], ...]] =
     ("the slowest list of jobs (median)", "lists", "slowest_ms", "ms", float),
     ("cancel a batch, until the answer", "cancel_million", "answer_s", "s", float),
     ("cancel a batch, until the last row", "cancel_million", "all_rows_s", "s", float),
+    ("cancel by a filter, until the last answer", "cancel_filter_million", "answer_s", "s", float),
+    ("cancel by a filter, until the last row", "cancel_filter_million", "all_rows_s", "s", float),
     ("rebuild an emptied Redis, until the first send", "rebuild", "first_s", "s", float),
     ("the same, until all senders have sent", "rebuild", "all_s", "s", float),
     ("keep the waiting jobs of 1,000 senders in Redis", "redis_bytes", "mb", "MB", float),
