@@ -282,9 +282,11 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
         literal(f"{kind}/", Text) + cast(rows.c.id, Text)
         for kind, rows in (("email-jobs", picked), ("batches", batches))
     ]
+    targets = union_all(*(select(target) for target in about))
     events = (
         update(AuditEvent)
-        .where(AuditEvent.target.in_(union_all(*(select(target) for target in about))))
+        # As an array, so that the index is used, however many jobs are picked.
+        .where(AuditEvent.target == any_(func.array(targets.scalar_subquery())))
         .values(before=null(), after=null(), identity="", reason="")
         .returning(AuditEvent.id)
         .cte("events")
