@@ -165,7 +165,9 @@ class JobSets:
             left = partial(job_changes.unwritten, sender_ids=senders)
             if await in_transaction(self._engine, left):
                 self._stale |= senders
-                self._loop.wake()
+                if position is None:
+                    # Else the caller's next call would wait for the rows.
+                    self._loop.wake()
             else:
                 await load_soon(self._loader, sorted(senders), limit=_LOAD_LIMIT)
         return ChangedJobs(jobs, senders, position)

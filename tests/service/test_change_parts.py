@@ -39,6 +39,8 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every part of a call small."""
     monkeypatch.setattr(storage, "_ROWS_AT_ONCE", 2)
+    # So that a part may end within a block.
+    monkeypatch.setattr(storage, "BLOCK_JOBS", 1)
     monkeypatch.setattr(reopening.retry_failed, "__defaults__", (2,))
 
 

@@ -102,8 +102,11 @@ def rows_of(scheduler: Scheduler, batch: str) -> list[int]:
 
 @pytest.mark.usefixtures("unwritten")
 async def test_jobs_that_are_being_cancelled_are_cancelled_for_every_reader(
-    scheduler: Scheduler, world: World
+    scheduler: Scheduler, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Several parts of one batch.
+    monkeypatch.setattr(storage, "_ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(job_sets, "_TIME_S", 60.0)
     batch, theirs = await schedule(scheduler, 200), await schedule(scheduler, 3, "bob")
     cancel = CancelEmailJobsRequest(user_id="ann", filter="row_number > 150")
     answer = await scheduler.jobs.CancelEmailJobs(cancel)

@@ -106,6 +106,8 @@ async def in_parts(call: Any, request: Any, count: str) -> tuple[int, int]:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every part small, and every call end after one part."""
     monkeypatch.setattr(storage, "_ROWS_AT_ONCE", 2)
+    # So that a part may end within a block.
+    monkeypatch.setattr(storage, "BLOCK_JOBS", 1)
     monkeypatch.setattr(storage, "_FOUND_AT_ONCE", 2)
     monkeypatch.setattr(storage, "_CANCELLED_BATCHES", 2)
     monkeypatch.setattr(job_sets, "_TIME_S", 0.0)

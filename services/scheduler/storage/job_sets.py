@@ -52,9 +52,14 @@ from outbox_server.services.scheduler.storage.walking import (
     skip_older,
     walk_jobs,
 )
-from outbox_server.shared.database.cancellations import being_cancelled, is_being_changed
+from outbox_server.shared.database.cancellations import (
+    BLOCK_BITS,
+    BLOCK_JOBS,
+    being_cancelled,
+    is_being_changed,
+)
 from outbox_server.shared.database.counts import batch_counts
-from outbox_server.shared.database.models import Batch, EmailJob, JobChange, Sender
+from outbox_server.shared.database.models import Batch, EmailJob, JobChange, JobChangeBlock, Sender
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, read_quotas
 from outbox_server.shared.states import BatchState, JobChangeKind, JobState
@@ -122,6 +127,8 @@ class _Rows:
     sender_ids: frozenset[int]
     place: ColumnElement[bool]
     reached: JobPosition | None
+    # All rows have larger ids. A part of a batch ends with a block of `job_change_blocks`.
+    after_id: int = 0
 
 
 async def count_part(
@@ -134,7 +141,7 @@ async def count_part(
     these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
     active = select(Batch.id).where(these, Batch.state == BatchState.ACTIVE)
     batch_ids = (await connection.scalars(active)).all()
-    matching = await _matching(connection, which, rows.place, batch_ids, change.kind)
+    matching = await _matching(connection, which, rows, batch_ids, change.kind)
     counted = select(func.count()).select_from(matching.subquery())
     return ChangedJobs(await connection.scalar(counted) or 0, reached=rows.reached)
 
@@ -163,7 +170,7 @@ async def change_part(
     if not found:
         return ChangedJobs(reached=rows.reached)
     batch_ids = [row.id for row in found]
-    matching = await _matching(connection, which, rows.place, batch_ids, change.kind)
+    matching = await _matching(connection, which, rows, batch_ids, change.kind)
     stored = await job_changes.store_changes(
         connection, matching.cte("picked"), change.kind, change.new
     )
@@ -208,7 +215,7 @@ async def _next_rows(
         for batch_id, counts in (await batch_counts(connection, sizes)).items():
             sizes[batch_id] = sum(counts[each] for each in TROUBLE)
     taken: list[Any] = []
-    rows = 0
+    rows, after_id = 0, 0
     for batch in found.rows:
         if taken and rows + sizes[batch.id] > _ROWS_AT_ONCE:
             reached = which.after_batch(taken[-1].id)
@@ -220,13 +227,14 @@ async def _next_rows(
     if rows > _ROWS_AT_ONCE or after[0] in ids:
         # A large batch, or one that an earlier part has begun, is read in the order of its jobs.
         first = after if after[0] == ids[0] else (ids[0], 0)
+        after_id = first[1]
         end = await _end_of_part(connection, first, state)
         taken, reached = taken[:1], (which.after_batch(ids[0]) if end is None else (ids[0], end))
         ids = ids[:1]
         place = _between(first, LAST_ID if end is None else end)
     if indexed is not None:
         place &= indexed
-    return _Rows(ids, frozenset(batch.sender_id for batch in taken), place, reached)
+    return _Rows(ids, frozenset(batch.sender_id for batch in taken), place, reached, after_id)
 
 
 def _between(after: JobPosition, until: int) -> ColumnElement[bool]:
@@ -252,7 +260,8 @@ async def _end_of_part(
     if indexed is not None:
         jobs = jobs.where(indexed)
     jobs = jobs.order_by(EmailJob.batch_id, EmailJob.id)
-    return await connection.scalar(jobs.offset(_ROWS_AT_ONCE - 1).limit(1))
+    last = await connection.scalar(jobs.offset(_ROWS_AT_ONCE - 1).limit(1))
+    return None if last is None else last | (BLOCK_JOBS - 1)
 
 
 async def _few_rows(connection: AsyncConnection, which: JobFilter, after: JobPosition) -> _Rows:
@@ -272,13 +281,18 @@ async def _few_rows(connection: AsyncConnection, which: JobFilter, after: JobPos
 async def _matching(
     connection: AsyncConnection,
     which: JobFilter,
-    place: ColumnElement[bool],
+    rows: _Rows,
     batch_ids: Sequence[int],
     kind: JobChangeKind,
 ) -> Any:
     """Return the statement that reads the jobs that match, of batches that are locked."""
     these = any_(literal(batch_ids, ARRAY(BigInteger)))
-    others = select(JobChange.kind).where(JobChange.batch_id == these).distinct()
+    # The earlier parts of this change are not among them.
+    blocks = select(JobChangeBlock.block).where(
+        JobChangeBlock.change_id == JobChange.id,
+        JobChangeBlock.block >= (rows.after_id + 1) >> BLOCK_BITS,
+    )
+    others = select(JobChange.kind).where(JobChange.batch_id == these, blocks.exists()).distinct()
     unwritten = set((await connection.scalars(others)).all())
     batches: Any = select(Batch.id, Batch.created_at, Batch.labels, Batch.test)
     batch = batches.where(Batch.id == these).subquery("batch")
@@ -291,7 +305,7 @@ async def _matching(
     found = (
         select(EmailJob.id, EmailJob.batch_id, EmailJob.sender_id)
         .join(batch, batch.c.id == EmailJob.batch_id)
-        .where(place, condition(which.tree, leaves))
+        .where(rows.place, condition(which.tree, leaves))
     )
     if kind is JobChangeKind.RETRY:
         # Of an erased recipient there is no address to send to.
