@@ -11,7 +11,12 @@ from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.heads.loader import HeadLoader, load_soon, soon
 from outbox_server.shared.heads.markers import DoneMarkers, MarkerDeletion
 from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.parts import parts_by_cost
+from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.queue.records import NewJobs
+
+# How long one script may block Redis, in us.
+_LONGEST = 2_000
 
 
 class ShardLoads:
@@ -66,20 +71,29 @@ class ShardLoads:
     async def _add(self, new: Mapping[int, Sequence[NewJobs]]) -> None:
         """Add jobs to heads without reading PostgreSQL.
 
-        Senders that Redis does not know are loaded instead. With several shards all of them are,
-        because only PostgreSQL knows the shard of a sender.
+        Senders whose jobs cannot be added are loaded instead (add_jobs.lua), and those with more
+        new jobs than a head has. With several shards all of them are, because only PostgreSQL
+        knows the shard of a sender.
         """
-        unknown = list(new)
+        jobs = {sender_id: _all_jobs(some) for sender_id, some in new.items()}
+        some = [each for each in jobs.items() if len(each[1]) <= HEAD_SIZE]
+        added: set[int] = set()
         if len(self._loader.queues) == 1:
             (queue,) = self._loader.queues
-            jobs = {sender_id: _all_jobs(some) for sender_id, some in new.items()}
-            unknown = await queue.add_jobs(jobs)
-            life, added = queue.life, new.keys() - unknown
-            if added:
-                ids = {each.marker_id for sender_id in added for each in new[sender_id]}
-                self._markers.begin(DoneMarkers(queue, life, sorted(ids)))
-        if unknown:
-            await self._loader.load(unknown, committed=True)
+            for part in parts_by_cost(some, _cost, most=_LONGEST):
+                left = await queue.add_jobs(dict(part))
+                life, done = queue.life, {sender_id for sender_id, _ in part}.difference(left)
+                if done:
+                    ids = {each.marker_id for sender_id in done for each in new[sender_id]}
+                    self._markers.begin(DoneMarkers(queue, life, sorted(ids)))
+                added |= done
+        if others := new.keys() - added:
+            await self._loader.load(sorted(others), committed=True)
+
+
+def _cost(of_sender: tuple[int, Sequence[object]]) -> int:
+    """Return about how many us Redis needs to add the jobs of a sender."""
+    return 60 + 5 * len(of_sender[1])
 
 
 def _all_jobs(new: Iterable[NewJobs]) -> list[tuple[JobRef, int]]:

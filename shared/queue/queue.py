@@ -365,7 +365,7 @@ class Queue:
         """Add committed jobs, each with its due time in Unix ms, to the heads of senders.
 
         A head keeps its first `most` jobs. Returns the senders whose heads must be loaded instead,
-        because Redis does not know them.
+        such as those that Redis does not know (see add_jobs.lua).
         """
         args: list[Any] = [self._window, most]
         for sender_id, jobs in new.items():

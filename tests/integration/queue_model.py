@@ -375,9 +375,11 @@ class QueueModel(CircuitsModel):
 
     def load_head(self, now: int, now_up: int, sender_id: int, epoch: str, head: HeadModel) -> bool:
         """Replace the head of a sender; False if its epoch has changed."""
-        if self._epoch(sender_id) != epoch:
-            return False
         s = self.senders.get(sender_id)
+        if self._epoch(sender_id) != epoch:
+            if s is not None:
+                s.refused = True
+            return False
         if not self.needs_limiter(limited=head.user_limited):
             self._forget_user(head.user)
         restored = {} if s is None else s.restored
@@ -393,6 +395,7 @@ class QueueModel(CircuitsModel):
             for c in self.circuits_of(s):
                 self._leave_waiters(c, sender_id)
             s.pace = 0
+        s.refused = False
         s.endpoint, s.revision, s.user = head.endpoint, head.revision, head.user
         s.user_limited = head.user_limited
         s.limit, s.own_gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
@@ -412,10 +415,12 @@ class QueueModel(CircuitsModel):
     def add_jobs(
         self, now: int, sender_id: int, jobs: Sequence[tuple[str, int]], most: int
     ) -> bool:
-        """Add committed jobs to the head of a sender; False if it is not known."""
+        """Add committed jobs to the head of a sender; False if it must be loaded instead."""
         if not self.is_known(sender_id):
             return False
         s = self.senders[sender_id]
+        if s.refused or not s.active:
+            return False
         s.epoch += 1
         for member, due in jobs:
             if due <= s.horizon and member not in s.leases:

@@ -72,6 +72,8 @@ class SenderModel:
     restored: dict[str, int] = field(default_factory=dict)
     # Ends that take an entry of the window, by job and attempt. A "?" marks each assumed end.
     entries: dict[str, int] = field(default_factory=dict)
+    # A load was refused, and none has succeeded since.
+    refused: bool = False
     # The last load left out a job because it was claimed.
     left_out: bool = False
     # No job waits or is in flight: the sender is deleted together with its history.

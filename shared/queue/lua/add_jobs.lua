@@ -5,7 +5,11 @@
 -- ARGV[2] most     jobs of a head; those due later are left to a load
 -- ARGV    then, for each sender, two values: its id, and its jobs as member, due ms, with spaces
 --         between the values
--- Returns the life of the shard, and then the senders that Redis does not know: load their heads
+-- Returns the life of the shard, and then the senders whose heads must be loaded instead, because
+-- - Redis does not know them;
+-- - they may not send: jobs of a deleted sender would stay here;
+-- - a load of theirs was refused and is under way again (load_head.lua). It could be refused again
+--   and again by additions, which bring neither settings nor later jobs.
 --!include keys
 --!include time
 --!include run
@@ -16,20 +20,29 @@
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local answer = { LIFE }
 
+local function is_open(s)
+    return s and s.active and redis.call('HEXISTS', settings_of(s.id), 'refused') == 0
+end
+
+local function last_due(due) return tonumber(redis.call('ZRANGE', due, -1, -1, 'WITHSCORES')[2]) end
+
 local function add_jobs(s, jobs)
     local due, leases, settings = due_of(s.id), lease_of(s.id), settings_of(s.id)
+    local horizon, size = s.horizon, redis.call('ZCARD', due)
     for member, at in string.gmatch(jobs, '(%S+) (%S+)') do
         -- A load may have read the job already, and a dispatcher may have claimed it.
-        if tonumber(at) <= s.horizon and not redis.call('ZSCORE', leases, member) then
-            redis.call('ZADD', due, at, member)
+        if tonumber(at) <= horizon and not redis.call('ZSCORE', leases, member) then
+            size = size + redis.call('ZADD', due, at, member)
+            -- One at a time: Redis never turns a set that was large back into a compact one.
+            while size > most do
+                size = size - redis.call('ZREMRANGEBYRANK', due, -1, -1)
+                horizon = last_due(due)
+            end
         end
     end
-    local beyond = redis.call('ZCARD', due) - most
-    if beyond > 0 then
-        redis.call('ZREMRANGEBYRANK', due, -beyond, -1)
-        local last = redis.call('ZRANGE', due, -1, -1, 'WITHSCORES')
-        s.horizon = tonumber(last[2])
-        redis.call('HSET', settings, 'horizon', last[2])
+    if horizon ~= s.horizon then
+        s.horizon = horizon
+        redis.call('HSET', settings, 'horizon', string.format('%.0f', horizon))
     end
     redis.call('PERSIST', settings)
     redis.call('PERSIST', window_of(s.id))
@@ -38,7 +51,7 @@ end
 
 for i = 3, #ARGV, 2 do
     local s = read_sender(ARGV[i], true)
-    if s then
+    if is_open(s) then
         -- A load that read PostgreSQL before the commit must not remove them.
         redis.call('HINCRBY', settings_of(s.id), 'epoch', 1)
         add_jobs(s, ARGV[i + 1])

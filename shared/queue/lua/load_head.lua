@@ -88,7 +88,7 @@ local function load_head(epoch, head)
         fields[#fields + 1] = name
         fields[#fields + 1] = value
     end
-    local gone = {}
+    local gone = { 'refused' }
     -- settle.lua reads `left` if the claim is not used.
     if replace_jobs(id, head.jobs, is_fresh) then set('left', 1) else gone[#gone + 1] = 'left' end
     if restored ~= '' then set('restored', restored) end
@@ -107,7 +107,7 @@ local function load_head(epoch, head)
     set('sets', sets_of(id))
     redis.call('HSET', settings, unpack(fields))
     if not is_fresh then
-        if #gone > 0 then redis.call('HDEL', settings, unpack(gone)) end
+        redis.call('HDEL', settings, unpack(gone))
         redis.call('PERSIST', settings)
         redis.call('PERSIST', window_of(id))
     end
@@ -121,6 +121,7 @@ for i = 2, #ARGV, 2 do
         load_head(epoch, head)
     else
         refused[#refused + 1] = head.sender
+        note_refusal(head.sender)
     end
 end
 wake_sleepers()

@@ -73,6 +73,8 @@ class QueueSteps(UserSteps):
         )
         self.world = ModelledInstallation(window=WINDOW, lease=LEASE * 1000)
         self.loads: list[LoadUnderWay] = []
+        # Jobs that were committed and are not added yet: the sender, the jobs and their marker.
+        self.additions: list[tuple[int, list[tuple[JobRef, int]], int]] = []
         self.holdings: list[ClaimUnderWay] = []
         self.limits = {sender_id: LimitHistory() for sender_id in SENDERS}
         self.broken = False
@@ -133,12 +135,12 @@ class QueueSteps(UserSteps):
             await self._apply(load)
 
     async def _add(self, sender_id: int, jobs: list[tuple[JobRef, int]], marker: int) -> None:
-        """Add committed jobs to the head, or load it if the sender is not known."""
+        """Add committed jobs to the head, or load it if they cannot be added."""
         unknown = await self.queue.add_jobs({sender_id: jobs}, most=HEAD_SIZE)
         members = [(member_of(job), due) for job, due in jobs]
         if self.model.add_jobs(self.now_ms, sender_id, members, HEAD_SIZE):
             assert unknown == []
-            self.world.markers.pop(marker)
+            self.world.markers.pop(marker, None)
         else:
             assert unknown == [sender_id]
             await self._load(sender_id, committed=True)

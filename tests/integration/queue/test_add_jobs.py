@@ -96,3 +96,44 @@ async def test_a_sender_that_had_no_jobs_does_not_expire(shard: Shard) -> None:
     state = await shard.sender()
     assert not state.settings_expire
     assert not state.window_expires
+
+
+async def test_after_a_refused_load_new_jobs_are_left_to_loads_until_one_succeeds(
+    shard: Shard,
+) -> None:
+    """Otherwise additions could refuse the loads of a busy sender for ever."""
+    await shard.load(EARLIER)
+    epochs = await shard.queue.begin_load([7], committed=False)
+    assert await shard.queue.add_jobs({7: jobs((3, 70))}) == []
+    assert await shard.queue.load_heads([EARLIER], epochs) == [7]
+    epochs = await shard.queue.begin_load([7], committed=False)
+
+    assert await shard.queue.add_jobs({7: jobs((4, 80))}) == [7]
+
+    assert await shard.queue.load_heads([EARLIER], epochs) == []
+    assert await shard.queue.add_jobs({7: jobs((5, 90))}) == []
+    assert list((await shard.sender()).due) == members(1, 2, 5)
+
+
+async def test_a_sender_that_may_not_send_is_loaded(shard: Shard) -> None:
+    """If it was deleted meanwhile, its jobs must not stay in Redis."""
+    await shard.load(replace(SENDER, active=False))
+
+    assert await shard.queue.add_jobs({7: jobs((1, 0))}) == [7]
+
+    state = await shard.sender()
+    assert not state.due
+    assert state.settings_expire
+
+
+async def test_a_full_head_does_not_take_more_memory(shard: Shard) -> None:
+    """Redis stores a sorted set of up to 128 members as a list, and never turns it back."""
+    await shard.load(EARLIER)
+    before = await shard.redis.object("ENCODING", shard.prefix + "due:7")
+
+    await shard.queue.add_jobs(
+        {7: jobs(*((number, 1000 - number) for number in range(10, 2 * HEAD_SIZE)))}
+    )
+
+    assert len((await shard.sender()).due) == HEAD_SIZE
+    assert await shard.redis.object("ENCODING", shard.prefix + "due:7") == before

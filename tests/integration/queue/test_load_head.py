@@ -49,16 +49,18 @@ async def test_the_horizon_is_the_last_loaded_job_only_if_more_jobs_wait(
     assert (await shard.sender()).settings["horizon"] == "inf"
 
 
-async def test_a_load_read_before_a_commit_is_refused_and_changes_nothing(
+async def test_a_load_read_before_a_commit_is_refused_and_changes_no_head(
     shard: Shard,
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
     early = await shard.queue.begin_load([7], committed=False)
     await shard.queue.begin_load([7], committed=True)
-    before = (await shard.sender(), await shard.ready())
+    before, ready = await shard.sender(), await shard.ready()
 
     assert await shard.queue.load_heads([replace(SENDER, active=False)], early) == [7]
-    assert (await shard.sender(), await shard.ready()) == before
+    after = await shard.sender()
+    assert after.settings.pop("refused") == "1"
+    assert (after, await shard.ready()) == (before, ready)
 
 
 async def test_the_second_of_two_first_loads_is_refused(shard: Shard) -> None:

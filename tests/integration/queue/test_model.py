@@ -86,10 +86,12 @@ class QueueMachine(LimitSteps):
         marker = self.world.mark_stale(sender_id)
         if dies:
             return
-        if adds and not waits:
-            self.do(self._add(sender_id, jobs, marker))
-        else:
+        if not adds:
             self.do(self._load(sender_id, committed=True, waits=waits))
+        elif waits:
+            self.additions.append((sender_id, jobs, marker))
+        else:
+            self.do(self._add(sender_id, jobs, marker))
 
     @rule(
         want=st.integers(1, 5),
@@ -224,6 +226,11 @@ class QueueMachine(LimitSteps):
         load = self.loads.pop(pick % len(self.loads))
         if not dies:
             self.do(self._apply(load))
+
+    @precondition(lambda self: self.additions)
+    @rule(pick=picks)
+    def finish_addition(self, pick: int) -> None:
+        self.do(self._add(*self.additions.pop(pick % len(self.additions))))
 
     @rule(us=st.integers(0, 6_000_000) | st.sampled_from([0, 1, 999, 70_000, 900_000]))
     def advance(self, us: int) -> None:

@@ -12,3 +12,8 @@ local function epoch_of(sender)
     if not f[3] then return NO_EPOCH .. (f[1] or '') end
     return is_known(sender, f[3], f[2], f[4]) and f[1] or NO_EPOCH
 end
+
+-- Notes that a load was refused. Until one succeeds, add_jobs.lua leaves the sender to loads.
+local function note_refusal(sender)
+    if not is_new(epoch_of(sender)) then redis.call('HSET', settings_of(sender), 'refused', 1) end
+end
