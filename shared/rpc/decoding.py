@@ -24,10 +24,20 @@ AT_ONCE: Final = 16 * 1024
 # A part ends after this number of fields or bytes.
 _PART_FIELDS: Final = 500
 _PART_BYTES: Final = 64 * 1024
+# The most fields of a large message that are no entries of its lists: one that sets a number a
+# million times would take a second.
+_MOST_SINGLE: Final = 10_000
 # The types of fields on the wire.
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
-# A number has up to ten bytes; those with this bit are followed by another one.
+# The types of fields, as the contract names them, of which each entry is a field on the wire.
+_UNPACKED: Final = (
+    FieldDescriptor.TYPE_STRING,
+    FieldDescriptor.TYPE_BYTES,
+    FieldDescriptor.TYPE_MESSAGE,
+)
+# A number has up to ten bytes, and a tag or a size five. Those with this bit have more bytes.
 _MAX_VARINT: Final = 10
+_MAX_SHORT: Final = 5
 _MORE: Final = 0x80
 
 
@@ -54,15 +64,19 @@ class Decoder:
     async def _merge(self, message: Message, data: bytes, prefix: str) -> None:
         """Merge the bytes into the message. `prefix` is the path of the message's fields."""
         fields = message.DESCRIPTOR.fields_by_number
-        begun = at = count = 0
+        begun = at = count = single = 0
         while at < len(data):
             tag_at = at
-            tag, at = _varint(data, at)
+            tag, at = _varint(data, at, _MAX_SHORT)
             size, at = _size(data, at, tag & 7)
             body, at = at, at + size
             if at > len(data):
                 raise DecodeError
             field: Any = fields.get(tag >> 3)
+            if field is None or not field.is_repeated:
+                single += 1
+                if single > _MOST_SINGLE:
+                    raise DecodeError
             if size > _PART_BYTES and tag & 7 == _DELIMITED and field is not None:
                 if _has_fields(field):
                     await self._part(message, data[begun:tag_at], prefix)
@@ -87,12 +101,12 @@ class Decoder:
                 raise limit.error(f"{prefix}{name}", got, at_least=True)
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int, most: int = _MAX_VARINT) -> tuple[int, int]:
     """Return the number at a place, and the place after it."""
     if at < len(data) and data[at] < _MORE:
         return data[at], at + 1
     value = shift = 0
-    for place in range(at, min(at + _MAX_VARINT, len(data))):
+    for place in range(at, min(at + most, len(data))):
         byte = data[place]
         value |= (byte & 0x7F) << shift
         if byte < _MORE:
@@ -104,7 +118,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def _size(data: bytes, at: int, wire_type: int) -> tuple[int, int]:
     """Return the size of a field, and the place where it begins."""
     if wire_type == _DELIMITED:
-        return _varint(data, at)
+        return _varint(data, at, _MAX_SHORT)
     if wire_type == _VARINT:
         return 0, _varint(data, at)[1]
     if wire_type in (_FIXED64, _FIXED32):
@@ -131,7 +145,7 @@ def _entered(message: Message, field: FieldDescriptor) -> Message:
 def _check_packed(field: FieldDescriptor, size: int, prefix: str) -> None:
     """Check the number of entries of a list of numbers, which takes `size` bytes."""
     limit = _limits_of_lists(field.containing_type).get(field.name)
-    if limit is None or field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
+    if limit is None or field.type in _UNPACKED:
         return
     least = size // _MAX_VARINT
     if least > limit.most:

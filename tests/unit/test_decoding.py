@@ -115,6 +115,12 @@ async def test_a_list_above_its_limit_is_refused_before_it_is_decoded(
     assert int(shown[1].replace(",", "")) <= EMPTY // 10
 
 
+async def test_a_large_entry_of_a_map_is_one_entry() -> None:
+    entry = in_field(BatchOptions, "labels", b"\x12" + varint(99_000) + b"x" * 99_000)
+    found = await decoded(ScheduleBatchRequest, in_field(ScheduleBatchRequest, "options", entry))
+    assert found.options.labels == {"": "x" * 99_000}
+
+
 async def test_other_work_runs_between_the_parts() -> None:
     wire = in_field(ScheduleBatchRequest, "recipients", b"\x0a\x00" * 100_000)
     turns = 0
@@ -134,8 +140,17 @@ async def test_other_work_runs_between_the_parts() -> None:
 
 @pytest.mark.parametrize(
     "wire",
-    [b"\x0b\x0c" * AT_ONCE, b"\xff" * 2 * AT_ONCE, b"\x0a\xff\xff\xff\xff\x7f" + bytes(AT_ONCE)],
-    ids=["groups", "endless number", "size beyond the end"],
+    [
+        b"\x0b\x0c" * AT_ONCE,
+        b"\xff" * 2 * AT_ONCE,
+        b"\x0a\xff\xff\xff\xff\x7f" + bytes(AT_ONCE),
+        # A size of 2**17 bytes, as options that have it, in more bytes than FromString accepts.
+        in_field(ScheduleBatchRequest, "options", b"")[:1]
+        + b"\x80\x80\x88\x80\x80\x00"
+        + b"\x0a\x00" * 2**16,
+        b"\x78\x01" * EMPTY,
+    ],
+    ids=["groups", "endless number", "size beyond the end", "long size", "a number set often"],
 )
 async def test_large_bytes_that_are_no_message_are_refused(wire: bytes) -> None:
     with pytest.raises(DecodeError):
