@@ -21,10 +21,14 @@ local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local answer = { LIFE }
 
 local function is_open(s)
-    return s and s.active and redis.call('HEXISTS', settings_of(s.id), 'refused') == 0
+    return s and s.active and not redis.call('HGET', settings_of(s.id), 'refused')
 end
 
-local function last_due(due) return tonumber(redis.call('ZRANGE', due, -1, -1, 'WITHSCORES')[2]) end
+-- Removes the last job, and returns when the one before it is due.
+local function remove_last(due)
+    redis.call('ZREM', due, redis.call('ZRANGE', due, -1, -1)[1])
+    return tonumber(redis.call('ZRANGE', due, -1, -1, 'WITHSCORES')[2])
+end
 
 local function add_jobs(s, jobs)
     local due, leases, settings = due_of(s.id), lease_of(s.id), settings_of(s.id)
@@ -35,8 +39,7 @@ local function add_jobs(s, jobs)
             size = size + redis.call('ZADD', due, at, member)
             -- One at a time: Redis never turns a set that was large back into a compact one.
             while size > most do
-                size = size - redis.call('ZREMRANGEBYRANK', due, -1, -1)
-                horizon = last_due(due)
+                size, horizon = size - 1, remove_last(due)
             end
         end
     end
