@@ -32,9 +32,14 @@ _CONNECT_LIMIT_S = 2.0
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
 
 _OF_TCP = ("socket_keepalive", "socket_keepalive_options")
-# The parameters of the URL of one server, besides those of TLS.
+# The parameters of the URL of one server, besides those of TLS. They change nothing of what a call
+# returns. Nothing is retried, whatever `retry_on_timeout` says.
 _PARAMETERS = frozenset(
-    ("db", "username", "password", "client_name", "socket_timeout", "socket_connect_timeout")
+    (
+        *("db", "username", "password", "client_name", "protocol", "health_check_interval"),
+        *("socket_timeout", "socket_connect_timeout", "socket_keepalive", "socket_read_size"),
+        "retry_on_timeout",
+    )
 )
 
 # The errors of calls when Redis is unreachable, slow or out of memory.
