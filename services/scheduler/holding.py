@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.storage import holds as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
-from outbox_server.services.scheduler.storage.cancelling import SWEPT_AT_ONCE, EndedJobs
+from outbox_server.services.scheduler.storage.cancelling import EndedJobs
 from outbox_server.services.scheduler.storage.holds import HeldFilter
 from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
@@ -88,7 +88,7 @@ async def cancel_held(engine: AsyncEngine, which: HeldFilter) -> CancelledHeld:
 
     while more and time.monotonic() < until:
         part = await in_transaction(engine, cancel)
-        cancelled, after, more = cancelled + part.jobs, part.last_id, part.jobs == SWEPT_AT_ONCE
+        cancelled, after, more = cancelled + part.jobs, part.last_id, part.last_id != 0
 
     async def end_if_empty(connection: AsyncConnection) -> tuple[int, bool]:
         if await storage.lock_hold(connection) is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Subquery,
     and_,
+    any_,
     case,
     exists,
     func,
@@ -18,16 +20,18 @@ from sqlalchemy import (
     literal,
     select,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.storage.cancelling import (
     SWEPT_AT_ONCE,
     EndedJobs,
     end_waiting,
+    lock_batches,
 )
-from outbox_server.shared.database.cancellations import being_cancelled
+from outbox_server.shared.database.cancellations import being_cancelled, is_now
 from outbox_server.shared.database.counts import in_state
-from outbox_server.shared.database.models import EmailJob, HoldRelease, HoldRow, Sender
+from outbox_server.shared.database.models import Batch, EmailJob, HoldRelease, HoldRow, Sender
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.holds.conditions import may_be_sent, was_sending
@@ -232,9 +236,19 @@ async def add_release(connection: AsyncConnection, which: HeldFilter) -> None:
 
 
 async def cancel_held(connection: AsyncConnection, which: HeldFilter, after: int) -> EndedJobs:
-    """Cancel the next held jobs after an id, at most as many as one transaction should move."""
-    matches = and_(EmailJob.id > after, ~may_be_sent(), *_matches(which))
-    return await end_waiting(connection, matches, JobState.CANCELLED, SWEPT_AT_ONCE)
+    """Cancel the next held jobs after an id, at most as many as one transaction should move.
+
+    `last_id` of the result is where the next call continues; 0 if no jobs are left.
+    """
+    matches = and_(~may_be_sent(), *_matches(which))
+    waiting = and_(EmailJob.id > after, is_now(JobState.SCHEDULED), matches)
+    next_jobs = select(EmailJob.id, EmailJob.batch_id).where(waiting).order_by(EmailJob.id)
+    found = (await connection.execute(next_jobs.limit(SWEPT_AT_ONCE))).all()
+    batch_ids = literal(sorted({row.batch_id for row in found}), ARRAY(BigInteger))
+    await lock_batches(connection, Batch.id == any_(batch_ids))
+    these = EmailJob.id == any_(literal([row.id for row in found], ARRAY(BigInteger)))
+    ended = await end_waiting(connection, these & matches, JobState.CANCELLED)
+    return replace(ended, last_id=found[-1].id if len(found) == SWEPT_AT_ONCE else 0)
 
 
 async def count_sending(connection: AsyncConnection, which: HeldFilter) -> int:
