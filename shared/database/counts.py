@@ -33,6 +33,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import (
+    Batch,
     BatchCancellation,
     BatchCount,
     CountDelta,
@@ -41,7 +42,7 @@ from outbox_server.shared.database.models import (
     Sender,
     SenderCount,
 )
-from outbox_server.shared.states import JobChangeKind, JobState
+from outbox_server.shared.states import BatchState, JobChangeKind, JobState
 
 # Used in place of a state, for jobs whose row is SCHEDULED and whose batch is cancelled.
 _WAITS_CANCELLED: Final = 0
@@ -163,8 +164,14 @@ def _being_cancelled(
         .select_from(BatchCancellation)
         .join(sending, sending.c.batch_id == of_batch)
         .where(batches[1]),
-        select(key(JobChange), state, JobChange.n).where(
-            which(JobChange), JobChange.kind == int(JobChangeKind.CANCEL)
+        # An older release that cancels the batch leaves its changes there. They count no longer.
+        select(key(JobChange), state, JobChange.n)
+        .select_from(JobChange)
+        .join(Batch, Batch.id == JobChange.batch_id)
+        .where(
+            which(JobChange),
+            JobChange.kind == int(JobChangeKind.CANCEL),
+            Batch.state == int(BatchState.ACTIVE),
         ),
     )
 
@@ -245,6 +252,9 @@ def _most_open_statement() -> Select[str, int, bool]:
         .join(SenderCount, SenderCount.sender_id == Sender.id)
         .where(Sender.user_id == wanted, SenderCount.state == waiting),
         select(owned.c.user_id, owned.c.n).where(owned.c.user_id == wanted),
+        select(Sender.user_id, JobChange.n)
+        .join(JobChange, JobChange.sender_id == Sender.id)
+        .where(Sender.user_id == wanted, JobChange.kind == int(JobChangeKind.RETRY)),
     ).subquery("part")
     cancelling = or_(
         *(
@@ -263,8 +273,8 @@ def _most_open_statement() -> Select[str, int, bool]:
     ).group_by(parts.c.user_id)
 
 
-# The open jobs of each of `user_ids` (see `JobCounts.open`), with those of its batches that are
-# being cancelled, and whether there are such batches. Users without any are missing.
+# The open jobs of each of `user_ids` (see `JobCounts.open`), with those that are being cancelled or
+# retried, and whether there may be such jobs. Users without any are missing.
 MOST_OPEN_COUNTS: Final = _most_open_statement()
 _BATCH_COUNTS: Final = _batch_statement()
 _SENDER_COUNTS: Final = _sender_statement()

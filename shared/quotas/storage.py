@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.counts import user_counts
 from outbox_server.shared.database.models import (
     BatchRejection,
+    JobChange,
     JobEventCount,
     Sender,
     Suppression,
@@ -25,6 +26,7 @@ from outbox_server.shared.database.models import (
     WebhookRow,
 )
 from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.states import JobChangeKind
 from outbox_server.shared.user_quotas import QUOTAS, UserQuotas
 
 # The first half of the keys of the advisory locks on users. Any number would do.
@@ -108,15 +110,27 @@ async def check_waiting_jobs(
 ) -> None:
     """Check that a user may have `more` waiting jobs. The user must be locked.
 
-    `added` says that this transaction has added them already.
+    `added` says that this transaction has added them already. Failed jobs whose retry is stored
+    count as waiting.
 
     Raises:
         ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
     """
-    current = (await user_counts(connection, user_id)).open - (more if added else 0)
+    current = (await user_counts(connection, user_id)).open
+    current += await _count_retries(connection, user_id)
+    current -= more if added else 0
     refusal = quotas.exceeded("waiting_jobs", user_id, current, more)
     if refusal is not None:
         raise refusal
+
+
+async def _count_retries(connection: AsyncConnection, user_id: str) -> int:
+    """Return how many jobs of a user are retried by changes that are not written yet."""
+    senders = select(Sender.id).where(Sender.user_id == user_id)
+    retries = select(func.coalesce(func.sum(JobChange.n), 0)).where(
+        JobChange.kind == int(JobChangeKind.RETRY), JobChange.sender_id.in_(senders)
+    )
+    return int(await connection.scalar(retries) or 0)
 
 
 async def lock_and_check_senders(
