@@ -19,7 +19,7 @@ from typing import Final, TypeAlias
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.filters.fields import FieldTest, both
-from outbox_server.services.scheduler.storage import job_changes
+from outbox_server.services.scheduler.storage import job_changes, respreading
 from outbox_server.services.scheduler.storage import job_sets as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.job_changes import NewTime
@@ -40,6 +40,10 @@ _BUSY: Final = timedelta(seconds=1)
 # The pause otherwise. A scheduler that died may have left a change. A call here wakes the loop.
 _IDLE: Final = timedelta(seconds=5)
 
+# The pause of a call that waits for rows which another process writes.
+_OTHERS_S: Final = 0.05
+
+_WrittenPart: TypeAlias = Callable[[AsyncConnection], Awaitable[int | None]]
 _Part: TypeAlias = Callable[[AsyncConnection, JobFilter, JobPosition], Awaitable[ChangedJobs]]
 # Records a part that has changed jobs, in its transaction.
 Record: TypeAlias = Callable[[AsyncConnection, ChangedJobs], Awaitable[None]]
@@ -173,14 +177,28 @@ class JobSets:
         return ChangedJobs(jobs, senders, position)
 
     async def _write(self, sender_ids: Collection[int], until: float) -> None:
-        """Write rows of stored changes of some senders, until a time."""
-        found = partial(job_changes.unwritten, sender_ids=sender_ids)
-        for change_id in await in_transaction(self._engine, found):
+        """Write stored changes and new times of some senders, until a time."""
+        changes = partial(job_changes.unwritten, sender_ids=sender_ids)
+        respreads = partial(respreading.unfinished_of, sender_ids=sender_ids)
+        parts: list[_WrittenPart] = [
+            partial(job_changes.write_part, change_id=change_id)
+            for change_id in await in_transaction(self._engine, changes)
+        ]
+        parts += [
+            partial(respreading.respread_part, batch_id=batch_id)
+            for batch_id in await in_transaction(self._engine, respreads)
+        ]
+        progress = False
+        for part in parts:
             ended: int | None = None
             while ended is None:
                 if self._loop.stopping or time.monotonic() > until:
                     return
-                ended = await self._write_part(change_id)
+                ended = await in_transaction(self._engine, part)
+                progress |= ended != 0
+        if not progress:
+            # Another process writes them.
+            await asyncio.sleep(_OTHERS_S)
 
     async def _write_part(self, change_id: int) -> int | None:
         part = partial(job_changes.write_part, change_id=change_id)

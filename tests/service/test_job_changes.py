@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from outbox.v1 import batch_pb2, email_job_pb2, email_job_service_pb2_grpc
-from outbox.v1.batch_service_pb2 import CancelBatchRequest, GetBatchRequest
+from outbox.v1.batch_service_pb2 import CancelBatchRequest, GetBatchRequest, UpdateBatchRequest
 from outbox.v1.email_job_service_pb2 import (
     CancelEmailJobRequest,
     CancelEmailJobsRequest,
@@ -20,14 +21,19 @@ from outbox.v1.email_job_service_pb2 import (
     RescheduleEmailJobsRequest,
     RetryEmailJobsRequest,
 )
+from outbox.v1.hold_service_pb2 import BeginHoldRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.services.scheduler import job_sets
+from outbox_server.services.scheduler import job_sets, respreading
+from outbox_server.services.scheduler.servicers import batch_control
 from outbox_server.services.scheduler.storage import job_changes
 from outbox_server.services.scheduler.storage import job_sets as storage
-from outbox_server.shared.states import JobState
+from outbox_server.services.scheduler.storage.cancelling import sweep
+from outbox_server.services.scheduler.storage.holds import HeldFilter, cancel_held
+from outbox_server.services.scheduler.storage.respreading import respread_part
+from outbox_server.shared.states import BatchState, JobState
 from tests.dispatchers import DispatcherProcess, options, running, settings_of
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
@@ -89,6 +95,10 @@ async def write(world: World, *, parts: int | None = None) -> None:
             async with world.engine.begin() as connection:
                 ended = await job_changes.write_part(connection, change.id)
             done += 1
+
+
+def in_days(days: int) -> datetime:
+    return datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
 
 
 def rows_of(scheduler: Scheduler, batch: str) -> list[int]:
@@ -207,6 +217,131 @@ async def test_jobs_wait_for_their_new_time_before_it_is_written(
     assert not (await get(scheduler, batch)).rescheduling
 
 
+async def fail(world: World, batch: str) -> None:
+    """Let all waiting jobs of a batch fail."""
+    await world.sql(
+        "WITH moved AS (UPDATE email_jobs SET state = 4, finished_at = now(), attempt = 1"
+        " WHERE batch_id = %s RETURNING sender_id, batch_id)"
+        " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+        " SELECT sender_id, batch_id, date_trunc('hour', now()), s,"
+        " CASE s WHEN 1 THEN -count(*) ELSE count(*) END"
+        " FROM moved, unnest(ARRAY[1, 4]) AS s GROUP BY 1, 2, s",
+        int(batch),
+    )
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_the_last_of_several_new_due_times_is_the_one_that_counts(
+    scheduler: Scheduler, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    monkeypatch.setattr(respreading.Respreader, "_respread", nothing)
+    monkeypatch.setattr(batch_control, "_RESPREAD_IN_CALL", 0)
+    first, second, third = (in_days(days) for days in (1, 2, 3))
+
+    async def reschedule(batch: str, wanted: str, time: datetime) -> int:
+        request = RescheduleEmailJobsRequest(batch_id=batch, filter=wanted, schedule_time=time)
+        return (await scheduler.jobs.RescheduleEmailJobs(request)).rescheduled_count
+
+    async def update(batch: str, time: datetime) -> None:
+        changed = batch_pb2.Batch(batch_id=batch, schedule_time=time)
+        await scheduler.batches.UpdateBatch(UpdateBatchRequest(batch=changed))
+
+    async def times(batch: str) -> list[datetime]:
+        await write(world)
+        async with world.engine.begin() as connection:
+            await respread_part(connection, int(batch))
+        found = await get(scheduler, batch)
+        assert not found.rescheduling
+        return [job.schedule_time.ToDatetime(UTC) for job in await jobs_of(scheduler, batch)]
+
+    twice = await schedule(scheduler, 70)
+    assert await reschedule(twice, "", first) == 70
+    assert await reschedule(twice, "row_number = 1", second) == 1
+    # The filter compares the new times.
+    assert await reschedule(twice, f'schedule_time > "{first.isoformat()}"', third) == 1
+    assert await times(twice) == [third] + [first] * 69
+
+    whole = await schedule(scheduler, 70)
+    assert await reschedule(whole, "", first) == 70
+    await update(whole, second)
+    assert await reschedule(whole, "row_number = 1", third) == 1
+    assert await times(whole) == [third] + [second] * 69
+
+    retried = await schedule(scheduler, 70)
+    await fail(world, retried)
+    retry = RetryEmailJobsRequest(batch_id=retried, filter="row_number > 0")
+    assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 70
+    await update(retried, second)
+    async with world.engine.begin() as connection:
+        assert await respread_part(connection, int(retried)) == 0
+    assert await times(retried) == [second] * 70
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_a_cancellation_means_the_jobs_as_earlier_changes_leave_them(
+    scheduler: Scheduler, world: World
+) -> None:
+    some = await schedule(scheduler, 10)
+    later = RescheduleEmailJobsRequest(batch_id=some, filter="row_number > 6")
+    later.schedule_time.FromDatetime(in_days(2))
+    assert (await scheduler.jobs.RescheduleEmailJobs(later)).rescheduled_count == 4
+    cancel = CancelEmailJobsRequest(batch_id=some)
+    cancel.filter = f'schedule_time < "{in_days(1).isoformat()}"'
+    assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 6
+
+    # Jobs that were retried before are cancelled, one by one or with their batch.
+    for wanted, count in (("row_number > 0", 10), ('recipient = "r1@b.org"', 1), ("", 0)):
+        batch = await schedule(scheduler, 10)
+        await fail(world, batch)
+        retry = RetryEmailJobsRequest(batch_id=batch, filter="row_number > 0")
+        assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 10
+        cancel = CancelEmailJobsRequest(batch_id=batch, filter=wanted)
+        assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == count
+        await write(world)
+        left = rows_of(scheduler, batch).count(SCHEDULED)
+        assert left == (10 - count if wanted else 0)
+    await world.check_counts()
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_counts_are_exact_beside_an_older_release_and_a_cancelled_hold(
+    scheduler: Scheduler, world: World
+) -> None:
+    """An older release cancels a batch without a look at its changes; so does `CancelHeld`."""
+    batch = await schedule(scheduler, 10)
+    cancel = CancelEmailJobsRequest(batch_id=batch, filter="row_number > 4")
+    assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 6
+    await world.sql(
+        "WITH cancelled AS (UPDATE batches SET state = %s, cancelled_at = now() WHERE id = %s"
+        " RETURNING id, sender_id, cancelled_at) INSERT INTO batch_cancellations"
+        " (batch_id, sender_id, cancelled_at) SELECT * FROM cancelled",
+        int(BatchState.CANCELLED),
+        int(batch),
+    )
+    await world.check_counts()
+    async with world.engine.begin() as connection:
+        await sweep(connection, int(batch))
+    await world.check_counts()
+    await write(world)
+    await world.check_counts()
+
+    batch = await schedule(scheduler, 10)
+    await scheduler.holds.BeginHold(BeginHoldRequest())
+    cancel.batch_id = batch
+    async with world.engine.begin() as connection:
+        held = await cancel_held(connection, HeldFilter(batch_id=int(batch)), 0)
+        assert (held.jobs, held.last_id) == (10, 0)
+        call = asyncio.ensure_future(scheduler.jobs.CancelEmailJobs(cancel))
+        await eventually(
+            lambda: call.done() or scheduler.rows("SELECT 1 FROM pg_locks WHERE NOT granted")
+        )
+    assert (await call).cancelled_count == 0
+    await world.check_counts()
+
+
 @pytest.mark.usefixtures("unwritten")
 async def test_retries_that_are_not_written_count_for_the_quota_and_end_with_their_batch(
     database_url: str, redis_url: str
@@ -216,19 +351,20 @@ async def test_retries_that_are_not_written_count_for_the_quota_and_end_with_the
         World(scheduler.settings) as world,
     ):
         batch = await schedule(scheduler, 90)
-        await world.sql(
-            "WITH moved AS (UPDATE email_jobs SET state = 4, finished_at = now(), attempt = 1"
-            " RETURNING sender_id, batch_id)"
-            " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
-            " SELECT sender_id, batch_id, date_trunc('hour', now()), s,"
-            " CASE s WHEN 1 THEN -count(*) ELSE count(*) END"
-            " FROM moved, unnest(ARRAY[1, 4]) AS s GROUP BY 1, 2, s"
-        )
+        await fail(world, batch)
         retry = RetryEmailJobsRequest(user_id="ann", filter="row_number <= 60")
         assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 60
         assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 0
         assert not (await get(scheduler, batch)).rescheduling
-        other = await schedule(scheduler, 60)
+        # Neither kind of intake may use the room of jobs that will wait.
+        for csv in ("email\n" + "x@b.org\n" * 41, "email\n" + "x@b.org\n" * 39):
+            sender = await scheduler.sender("ann", hourly_limit=1_000_000)
+            call = scheduler.schedule(sender, csv, subject="Hello", body="Hi", duplicates=2)
+            if csv.count("@") == 41:
+                refused = await refusal_of(call)
+                assert refused.reason == "USER_WAITING_JOBS_EXCEEDED"
+            else:
+                other = (await call).batch.batch_id
         retry.filter = "row_number > 60"
         refused = await refusal_of(scheduler.jobs.RetryEmailJobs(retry))
         assert (refused.code, refused.reason) == (

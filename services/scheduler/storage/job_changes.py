@@ -152,6 +152,30 @@ async def has_room(connection: AsyncConnection, sender_ids: Iterable[int]) -> bo
     return (await connection.scalar(select(func.count()).select_from(some)) or 0) < MOST_UNWRITTEN
 
 
+def is_retried() -> ColumnElement[bool]:
+    """Return the condition that a batch has failed jobs whose retry is not written."""
+    retries = select(JobChange.batch_id).where(JobChange.kind == int(JobChangeKind.RETRY))
+    return Batch.id.in_(retries)
+
+
+async def unwritten_times(
+    connection: AsyncConnection, batch_ids: Sequence[int]
+) -> frozenset[NewTime | None]:
+    """Return the new due times of some batches that are not written. None is a respread."""
+    these = literal(batch_ids, ARRAY(BigInteger))
+    changes = select(JobChange.due_at, JobChange.delay).where(
+        JobChange.batch_id == any_(these), JobChange.kind == int(JobChangeKind.RESCHEDULE)
+    )
+    times: set[NewTime | None] = {
+        NewTime(row.due_at, row.delay or timedelta(0))
+        for row in await connection.execute(changes.distinct())
+    }
+    respreads = select(BatchRespread.batch_id).where(BatchRespread.batch_id == any_(these))
+    if await connection.scalar(respreads.limit(1)) is not None:
+        times.add(None)
+    return frozenset(times)
+
+
 async def unwritten(connection: AsyncConnection, sender_ids: Collection[int]) -> Sequence[int]:
     """Return the oldest changes of some senders whose rows are not all written."""
     these = JobChange.sender_id == any_(literal(list(sender_ids), ARRAY(BigInteger)))

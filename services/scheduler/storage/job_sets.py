@@ -31,6 +31,7 @@ from outbox_server.services.scheduler.filters.fields import (
     required,
     required_value,
 )
+from outbox_server.services.scheduler.filters.grammar import leaves
 from outbox_server.services.scheduler.storage import job_changes
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.cancelling import store_cancellations
@@ -149,34 +150,31 @@ async def count_part(
 async def change_part(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, change: SetChange
 ) -> ChangedJobs:
-    """Change some jobs that match.
+    """Change some jobs that match, after earlier changes that decide which jobs these are.
 
     Raises:
         ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
     """
     rows = await _next_rows(connection, which, after, change.state)
+    earlier = await _unwritten_before(connection, which, after, rows, change.kind)
+    if earlier:
+        return ChangedJobs(0, earlier, after, waits=True)
     if not rows.batch_ids:
         return ChangedJobs(reached=rows.reached)
-    if not await job_changes.has_room(connection, rows.sender_ids):
-        return ChangedJobs(0, rows.sender_ids, after, waits=True)
-    these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
-    if change.quotas is not None:
-        owner = await connection.execute(select(Batch.user_id).where(these).limit(1))
-        await lock_user(connection, owner.scalar_one())
-    # Waits for the marks under way. In the order of ids, so that there are no deadlocks.
-    batches = select(Batch.id, Batch.user_id).where(these, Batch.state == BatchState.ACTIVE)
-    locked = batches.order_by(Batch.id).with_for_update(key_share=True)
-    found = (await connection.execute(locked)).all()
+    found = await _lock_active(connection, rows, change)
     if not found:
         return ChangedJobs(reached=rows.reached)
     batch_ids = [row.id for row in found]
     matching = await _matching(connection, which, rows, batch_ids, change.kind)
+    if await _waits_for_times(connection, which, batch_ids, matching, change):
+        return ChangedJobs(0, rows.sender_ids, after, waits=True)
     stored = await job_changes.store_changes(
         connection, matching.cte("picked"), change.kind, change.new
     )
-    if change.quotas is not None and stored:
-        await _check_quota(connection, found[0].user_id, change.quotas)
     jobs = sum(each.jobs for each in stored)
+    if change.quotas is not None and stored:
+        quotas = await read_quotas(connection, found[0].user_id, change.quotas)
+        await check_waiting_jobs(connection, found[0].user_id, jobs, quotas, added=True)
     if jobs <= _WRITTEN_WITH_THE_CHANGE:
         for each in stored:
             await job_changes.write_whole(connection, each.change_id)
@@ -186,6 +184,71 @@ async def change_part(
     if senders:
         await mark_stale(connection, sorted(senders))
     return ChangedJobs(jobs, senders, rows.reached)
+
+
+async def _lock_active(connection: AsyncConnection, rows: _Rows, change: SetChange) -> Any:
+    """Lock the batches that are not cancelled, and for a retry their owner."""
+    these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
+    if change.quotas is not None:
+        owner = await connection.execute(select(Batch.user_id).where(these).limit(1))
+        await lock_user(connection, owner.scalar_one())
+    # Waits for the marks under way. In the order of ids, so that there are no deadlocks.
+    batches = select(Batch.id, Batch.user_id).where(these, Batch.state == BatchState.ACTIVE)
+    locked = batches.order_by(Batch.id).with_for_update(key_share=True)
+    return (await connection.execute(locked)).all()
+
+
+async def _unwritten_before(
+    connection: AsyncConnection,
+    which: JobFilter,
+    after: JobPosition,
+    rows: _Rows,
+    kind: JobChangeKind,
+) -> frozenset[int]:
+    """Return the senders of changes that must be written first; none if there are none.
+
+    A sender may have a limited number of them. Jobs whose retry is stored are FAILED until it is
+    written: to change the waiting jobs would leave them out.
+    """
+    if rows.batch_ids and not await job_changes.has_room(connection, rows.sender_ids):
+        return rows.sender_ids
+    if kind is JobChangeKind.RETRY:
+        return frozenset()
+    batches = next_batches(which, after).where(
+        Batch.state == BatchState.ACTIVE, batch_condition(which.tree), job_changes.is_retried()
+    )
+    senders = await connection.scalars(batches.with_only_columns(Batch.sender_id).distinct())
+    return frozenset(senders)
+
+
+async def _waits_for_times(
+    connection: AsyncConnection,
+    which: JobFilter,
+    batch_ids: Sequence[int],
+    matching: Any,
+    change: SetChange,
+) -> bool:
+    """Return whether earlier calls have given jobs of the locked batches times to write first.
+
+    Otherwise the earlier time could be written last, or the filter could compare an earlier one.
+    """
+    if change.kind is JobChangeKind.RETRY:
+        return False
+    compares = which.tree is not None and any(
+        test.field == "schedule_time" for test in leaves(which.tree)
+    )
+    if change.new is None and not compares:
+        return False
+    earlier = await job_changes.unwritten_times(connection, batch_ids)
+    if not earlier:
+        return False
+    if change.new is None or earlier != {change.new}:
+        return True
+    # Parts of this call have the same time, and other jobs. A time twice is the same time.
+    if not compares or change.new.at is not None:
+        return False
+    again = matching.where(is_being_changed(JobChangeKind.RESCHEDULE))
+    return bool(await connection.scalar(select(again.exists())))
 
 
 async def _next_rows(
@@ -315,22 +378,6 @@ async def _matching(
     return found
 
 
-async def _lock_owner(connection: AsyncConnection, batch_id: int) -> None:
-    owner = select(Batch.user_id).where(Batch.id == batch_id)
-    await lock_user(connection, (await connection.execute(owner)).scalar_one())
-
-
-async def _check_quota(connection: AsyncConnection, user_id: str, defaults: UserQuotas) -> None:
-    """Check that the user may have all jobs that will wait when its retries are written."""
-    senders = select(Sender.id).where(Sender.user_id == user_id)
-    retries = select(func.coalesce(func.sum(JobChange.n), 0)).where(
-        JobChange.kind == int(JobChangeKind.RETRY), JobChange.sender_id.in_(senders)
-    )
-    quotas = await read_quotas(connection, user_id, defaults)
-    more = int(await connection.scalar(retries) or 0)
-    await check_waiting_jobs(connection, user_id, more, quotas)
-
-
 async def cancel_batches_part(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, *, count_only: bool = False
 ) -> ChangedJobs:
@@ -340,11 +387,13 @@ async def cancel_batches_part(
     waiting jobs; with `count_only`, do nothing else.
     """
     after = await skip_older(connection, which, after)
+    # Failed jobs whose retry is stored would wait again.
+    waits = has_counted({JobState.SCHEDULED}) | job_changes.is_retried()
     found = await search(
         connection,
         next_batches(which, after).where(Batch.state == BatchState.ACTIVE),
         Batch.id,
-        batch_condition(which.tree) & has_counted({JobState.SCHEDULED}),
+        batch_condition(which.tree) & waits,
         _CANCELLED_BATCHES,
         descending=False,
         most=_ROWS_AT_ONCE,
@@ -358,7 +407,8 @@ async def cancel_batches_part(
     if not count_only:
         locked = locked.with_for_update()
     counts = await batch_counts(connection, (await connection.execute(locked)).scalars().all())
-    opened = [batch_id for batch_id, each in counts.items() if each.open]
+    retried = set(await connection.scalars(select(Batch.id).where(these, job_changes.is_retried())))
+    opened = [batch_id for batch_id, each in counts.items() if each.open or batch_id in retried]
     jobs = sum(counts[batch_id].scheduled for batch_id in opened)
     if count_only or not opened:
         return ChangedJobs(jobs, reached=reached)

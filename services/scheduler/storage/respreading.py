@@ -7,12 +7,12 @@ the rows are written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, case, cast, delete, func, literal, select, update
-from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, insert
+from sqlalchemy import BigInteger, any_, case, cast, delete, func, literal, select, update
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, TIMESTAMP, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.cancellations import is_now
@@ -21,6 +21,7 @@ from outbox_server.shared.database.models import (
     BatchRespread,
     EmailJob,
     JobChange,
+    JobChangeBlock,
 )
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.states import JobChangeKind, JobState
@@ -35,13 +36,33 @@ _LATEST: Final = datetime.fromisoformat("9990-01-01T00:00:00+00:00")
 async def begin_respread(
     connection: AsyncConnection, batch_id: int, start: datetime, spacing_ms: int
 ) -> None:
-    """Store the new times of a batch, whose row is locked. An earlier respread is replaced."""
+    """Store the new times of a batch, whose row is locked.
+
+    They replace all times of its jobs that are not written yet: an earlier respread, and changes of
+    some jobs.
+    """
+    replaced = (
+        delete(JobChange)
+        .where(JobChange.batch_id == batch_id, JobChange.kind == int(JobChangeKind.RESCHEDULE))
+        .returning(JobChange.id)
+        .cte("replaced")
+    )
+    await connection.execute(
+        delete(JobChangeBlock).where(JobChangeBlock.change_id.in_(select(replaced.c.id)))
+    )
     values = {"start_at": start, "spacing_ms": spacing_ms, "done_to": 0, "placed": 0}
     await connection.execute(
         insert(BatchRespread)
         .values(batch_id=batch_id, **values)
         .on_conflict_do_update(index_elements=["batch_id"], set_=values)
     )
+
+
+async def unfinished_of(connection: AsyncConnection, sender_ids: Collection[int]) -> Sequence[int]:
+    """Return the batches of some senders whose new times are not all written."""
+    these = Batch.sender_id == any_(literal(list(sender_ids), ARRAY(BigInteger)))
+    found = select(BatchRespread.batch_id).join(Batch, Batch.id == BatchRespread.batch_id)
+    return (await connection.scalars(found.where(these).order_by(Batch.id))).all()
 
 
 async def unfinished(connection: AsyncConnection) -> Sequence[int]:
@@ -55,7 +76,8 @@ async def respread_part(
 ) -> int | None:
     """Give the next jobs their times. Return the sender if that was the end; else None.
 
-    Return 0 if another process is at it, or nothing is left to do.
+    Return 0 if another process is at it, or nothing is left to do. Failed jobs whose retry is
+    stored are waited for: they get new times, too.
     """
     this = BatchRespread.batch_id == batch_id
     # Before the rows, as every change of a batch and its jobs does.
@@ -66,7 +88,10 @@ async def respread_part(
             select(BatchRespread).where(this).with_for_update(skip_locked=True)
         )
     ).one_or_none()
-    if work is None or locked is None:
+    retries = select(JobChange.id).where(
+        JobChange.batch_id == batch_id, JobChange.kind == int(JobChangeKind.RETRY)
+    )
+    if work is None or locked is None or await connection.scalar(retries.limit(1)) is not None:
         return 0
     moved = (await connection.execute(_moving(batch_id, work, limit))).one()
     placed = work.placed + moved.jobs
