@@ -55,6 +55,10 @@ class DoneMarkers:
     life: str
     marker_ids: Sequence[int]
 
+    def is_like(self, other: DoneMarkers) -> bool:
+        """Whether one statement can delete both."""
+        return (self.queue, self.life) == (other.queue, other.life)
+
 
 async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:
     """Request a load of the heads of these senders, within the caller's transaction."""
@@ -137,8 +141,8 @@ class MarkerDeletion:
     def _next(self) -> DoneMarkers:
         """Take the markers of one life."""
         first = self._done[0]
-        same = [each for each in self._done if (each.queue, each.life) == (first.queue, first.life)]
-        self._done = [each for each in self._done if each not in same]
+        same = [each for each in self._done if each.is_like(first)]
+        self._done = [each for each in self._done if not each.is_like(first)]
         ids = [marker_id for each in same for marker_id in each.marker_ids]
         return DoneMarkers(first.queue, first.life, ids)
 

@@ -416,10 +416,9 @@ class QueueModel(CircuitsModel):
         self, now: int, sender_id: int, jobs: Sequence[tuple[str, int]], most: int
     ) -> bool:
         """Add committed jobs to the head of a sender; False if it must be loaded instead."""
-        if not self.is_known(sender_id):
-            return False
-        s = self.senders[sender_id]
-        if s.refused or not s.active:
+        # The limiter of its user may be lost: a claim finds that.
+        s = self.senders.get(sender_id)
+        if s is None or s.refused or not s.active:
             return False
         s.epoch += 1
         for member, due in jobs:
