@@ -131,7 +131,8 @@ class Scheduler:
             batch_service_pb2.ScheduleBatchRequest(
                 options=options_for(sender, **options),
                 csv=csv.encode() if isinstance(csv, str) else csv,
-            )
+            ),
+            timeout=PATIENCE,
         )
 
     def rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:

@@ -421,11 +421,11 @@ class QueueModel(CircuitsModel):
         if s is None or s.refused or not s.active:
             return False
         s.epoch += 1
-        for member, due in jobs:
-            if due <= s.horizon and member not in s.leases:
-                s.due[member] = due
+        added = {m: due for m, due in jobs if due <= s.horizon and m not in s.leases}
+        s.due |= added
         first = sorted(s.due.items(), key=lambda job: (job[1], job[0]))[:most]
-        if len(first) < len(s.due):
+        # Jobs that were given back may have made it larger before.
+        if added and len(first) < len(s.due):
             s.due = dict(first)
             s.horizon = first[-1][1]
         self._look(sender_id, now)

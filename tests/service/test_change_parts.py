@@ -77,7 +77,10 @@ async def test_a_change_in_parts_is_recorded_for_the_owner_whom_the_caller_need_
     target = f"batches/{batch}"
     later = RescheduleEmailJobsRequest(batch_id=batch, delay=Duration(seconds=60))
     assert (await scheduler.jobs.RescheduleEmailJobs(later)).rescheduled_count == 4
-    assert await events(scheduler, "RescheduleEmailJobs") == [("ann", target, {"count": 2.0})] * 2
+    assert (
+        await events(scheduler, "RescheduleEmailJobs")
+        == [("ann", target, {"count": 2.0, "delay": "1m"})] * 2
+    )
 
     wanted = "recipient = user1@b.org"
     cancel = CancelEmailJobsRequest(batch_id=batch, filter=wanted, request_id="once")

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from outbox.v1 import batch_pb2, sender_pb2
+from outbox.v1.sender_service_pb2 import UpdateSenderRequest
 
 from outbox_server.cli.options import to_duration, to_timestamp
 from outbox_server.deploy.embedded.inbox import Inbox
@@ -79,7 +80,9 @@ class Load:
         for _ in range(2):
             await self.schedule(sender, expire_after=to_duration(expire_after))
 
-    def keep_hours(self, sender: sender_pb2.Sender, begins: timedelta, lasts: timedelta) -> None:
+    async def keep_hours(
+        self, sender: sender_pb2.Sender, begins: timedelta, lasts: timedelta
+    ) -> None:
         """Store hours to the millisecond, which no caller can."""
         opens = self.begin + begins
         minute = timedelta(minutes=1)
@@ -91,6 +94,9 @@ class Load:
             json.dumps([[], begin % 1_440, end % 1_440, "UTC"]),
             int(sender.sender_id),
         )
+        # Any change by a call loads the sender into Redis.
+        changed = sender_pb2.Sender(sender_id=sender.sender_id, display_name="With hours")
+        await self.scheduler.senders.UpdateSender(UpdateSenderRequest(sender=changed))
 
     def is_over(self) -> bool:
         """Return whether all is sent or expired but what waits for another day."""
@@ -144,12 +150,12 @@ async def test_the_forecast_end_is_within_one_gap_of_the_real_one(stack: Stack) 
     # The sends of these fall on a grid of gaps, and what ends falls between two of them. What is
     # left over when they close expires before they open again, a day later.
     for sender in senders[10:12]:
-        load.keep_hours(sender, 4 * GAP, chance.randrange(1, 4) * GAP + GAP / 2)
+        await load.keep_hours(sender, 4 * GAP, chance.randrange(1, 4) * GAP + GAP / 2)
         await load.expiring(sender, timedelta(minutes=5))
     for sender in senders[12:]:
         await load.expiring(sender, chance.randrange(2, 5) * GAP + GAP / 2)
     for sender in senders[7:10]:
-        load.keep_hours(sender, chance.randrange(1, 5) * GAP, timedelta(hours=1))
+        await load.keep_hours(sender, chance.randrange(1, 5) * GAP, timedelta(hours=1))
         await load.at_random(sender)
     for _ in range(11):
         await load.at_random(chance.choice(senders[:10]))

@@ -208,13 +208,14 @@ class ModelledInstallation:
     def mark(self, job: JobRef, now: int) -> bool:
         """Mark a job that was claimed in the valid life."""
         row = self.jobs[job.job_id]
-        assert row.due * 1000 <= now, "claimed before it was due"
         if (
             row.state is not JobState.SCHEDULED
             or row.attempt != job.attempt - 1
             or not self.senders[row.sender_id].active
         ):
             return False
+        # After these: a second claim of a job that was sent meanwhile may be early for its retry.
+        assert row.due * 1000 <= now, "claimed before it was due"
         row.state, row.attempt, row.lease_until = JobState.SENDING, job.attempt, now + self.lease
         return True
 
