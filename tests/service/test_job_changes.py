@@ -33,6 +33,7 @@ from outbox_server.services.scheduler.storage import job_sets as storage
 from outbox_server.services.scheduler.storage.cancelling import sweep
 from outbox_server.services.scheduler.storage.holds import HeldFilter, cancel_held
 from outbox_server.services.scheduler.storage.respreading import respread_part
+from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from outbox_server.shared.states import BatchState, JobState
 from tests.dispatchers import DispatcherProcess, options, running, settings_of
 from tests.eventually import eventually
@@ -242,11 +243,13 @@ async def test_the_last_of_several_new_due_times_is_the_one_that_counts(
     first, second, third = (in_days(days) for days in (1, 2, 3))
 
     async def reschedule(batch: str, wanted: str, time: datetime) -> int:
-        request = RescheduleEmailJobsRequest(batch_id=batch, filter=wanted, schedule_time=time)
+        request = RescheduleEmailJobsRequest(
+            batch_id=batch, filter=wanted, schedule_time=to_timestamp(time)
+        )
         return (await scheduler.jobs.RescheduleEmailJobs(request)).rescheduled_count
 
     async def update(batch: str, time: datetime) -> None:
-        changed = batch_pb2.Batch(batch_id=batch, schedule_time=time)
+        changed = batch_pb2.Batch(batch_id=batch, schedule_time=to_timestamp(time))
         await scheduler.batches.UpdateBatch(UpdateBatchRequest(batch=changed))
 
     async def times(batch: str) -> list[datetime]:
