@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import sys
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Final
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK: Final = "127.0.0.1"
 
 
 def free_port(preferred: int | None = None) -> int:
     """Return `preferred` if it can be bound on loopback now, else another port that can be.
 
     Another process may take the port before the caller does, so the caller must be able to try
-    another one.
+    another one. This is rare: the system gives none of these ports to sockets that ask for any.
     """
-    for port in (preferred, 0) if preferred else (0,):
+    # The system's own choice is the last one.
+    for port in (*((preferred,) if preferred else ()), *islice(_ports, _MOST_TRIES), 0):
         with socket.socket() as probe:
             # Servers set it too: a connection in TIME_WAIT does not block the port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -26,6 +32,26 @@ def free_port(preferred: int | None = None) -> int:
                 continue
             return int(probe.getsockname()[1])
     raise AssertionError
+
+
+def _unassigned_ports() -> Iterator[int]:
+    """Yield the ports that the system assigns to no socket, each process from another one on."""
+    try:
+        assigned_from = int(_ASSIGNED.read_text("ascii").split()[0])
+    except (OSError, ValueError):
+        return
+    ports = range(_FIRST, assigned_from)
+    if ports:
+        start = secrets.randbelow(len(ports))
+        yield from cycle([*ports[start:], *ports[:start]])
+
+
+# The first and the last port that Linux assigns.
+_ASSIGNED: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# Servers that are installed usually have ports below.
+_FIRST: Final = 20_000
+_MOST_TRIES: Final = 100
+_ports: Final = _unassigned_ports()
 
 
 def claim_port(port: int) -> socket.socket | None:

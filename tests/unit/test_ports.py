@@ -1,8 +1,25 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from outbox_server.deploy.ports import claim_port, free_port
+from outbox_server.deploy.ports import LOOPBACK, claim_port, free_port
+
+
+def test_a_free_port_is_none_that_the_system_gives_to_others() -> None:
+    ports = [free_port() for _ in range(200)]
+    assert len(set(ports)) == 200
+    with socket.socket() as other:
+        other.bind((LOOPBACK, 0))
+        assert max(ports) < other.getsockname()[1]
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.socket() as first:
+        first.bind((LOOPBACK, free_port()))
+        taken = first.getsockname()[1]
+        assert free_port(taken) != taken
 
 
 def test_a_port_claimed_by_one_stack_is_not_given_to_another_until_it_stops() -> None:
