@@ -88,7 +88,7 @@ async def test_a_change_in_parts_is_recorded_for_the_owner_whom_the_caller_need_
         cancel.validate_only = validate_only
         assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 1
         cancel.request_id = "twice"
-    expected = ("ann", target, {"count": 1.0, "filter": wanted})
+    expected = ("ann", target, {"count": 1.0, "filter": wanted, "state": "CANCELLED"})
     assert await events(scheduler, "CancelEmailJobs") == [expected]
     # So an erasure of the recipient finds both.
     owners = "SELECT request_id, user_id FROM change_requests WHERE answer IS NOT NULL ORDER BY 1"
@@ -99,7 +99,7 @@ async def test_a_change_in_parts_is_recorded_for_the_owner_whom_the_caller_need_
     assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 3
     target = f"senders/{sender.sender_id}"
     assert await events(scheduler, "RetryEmailJobs") == [
-        ("ann", target, {"retried_count": count}) for count in (2.0, 1.0)
+        ("ann", target, {"retried_count": count, "state": "SCHEDULED"}) for count in (2.0, 1.0)
     ]
     # Nothing is left to do, and nothing is recorded.
     assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 0
