@@ -63,7 +63,7 @@ from outbox_server.shared.database.models import (
     ErasureKey,
     Suppression,
 )
-from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.intake.addresses import keys_of
 from outbox_server.shared.states import JobState, SuppressionForm
 
@@ -162,14 +162,22 @@ async def read_rejections(
     A part is some batches with few rejections, or some rejections of one batch.
     """
     batch_id, row_number = after
-    next_ones = Batch.id > batch_id if row_number == LAST_ID else Batch.id >= batch_id
-    listed: Any = (
+    first = batch_id + 1 if row_number == LAST_ID else batch_id
+    # In the order of the index of rejected batches, without an equal sign. Otherwise the planner
+    # may read the batches of all users by their ids, in order to end after a few of this one.
+    theirs = tuple_(Batch.user_id, Batch.id)
+    owner = literal(owner_of(user_id), Text)
+    listed = (
         select(Batch.id, Batch.rejected_count)
-        .where(Batch.rejected_count > 0, next_ones)
-        .order_by(Batch.id)
+        .where(
+            Batch.rejected_count > 0,
+            theirs >= tuple_(owner, literal(first, BigInteger)),
+            theirs <= tuple_(owner, literal(LAST_ID, BigInteger)),
+        )
+        .order_by(Batch.user_id, Batch.id)
         .limit(_READ_AT_ONCE)
     )
-    batches = (await connection.execute(owned_by(listed, Batch.user_id, user_id))).all()
+    batches = (await connection.execute(listed)).all()
     if not batches:
         return [], None
     sizes = accumulate(batch.rejected_count for batch in batches)
