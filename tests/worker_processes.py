@@ -1,4 +1,4 @@
-"""Finds the worker processes of templates below a process, in Linux's `/proc`."""
+"""Finds the worker processes of templates below a process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from tests.processes import alive, arguments_of, children
+
 WORKER = "outbox_server.shared.mail.worker"
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -20,20 +23,15 @@ class WorkerProcess:
 
     def is_running(self) -> bool:
         """Return whether it has not ended. One that waits for its parent has."""
-        try:
-            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
-        except OSError:
-            return False
-        return text.rpartition(")")[2].split()[0] != "Z"
+        return alive(self.pid)
 
     def cpu_seconds(self) -> float:
-        """Return the processor time that it has used."""
+        """Return the processor time that it has used; 0 once it has ended."""
         try:
-            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
-        except OSError:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
             return 0.0
-        user, system = text.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / _TICKS
+        return float(times.user + times.system)
 
     def environment(self) -> set[str]:
         """Return the names of its environment variables."""
@@ -68,27 +66,9 @@ def workers_of(pid: int, module: str) -> list[WorkerProcess]:
 
     Each is the child of a child of that process.
     """
-    first = [each for each in _children(pid) if _runs(each, module)]
-    found = [WorkerProcess(each) for parent in first for each in _children(parent)]
+    first = [each for each in children(pid) if module in arguments_of(each)]
+    found = [WorkerProcess(each) for parent in first for each in children(parent)]
     return [each for each in found if each.is_running()]
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            text = (task / "children").read_text(encoding="ascii")
-            found += [int(child) for child in text.split()]
-    except OSError:  # the process or a thread has ended
-        pass
-    return found
-
-
-def _runs(pid: int, module: str) -> bool:
-    try:
-        return module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
 
 
 def workers_here(module: str = WORKER) -> list[WorkerProcess]:

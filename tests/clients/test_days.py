@@ -16,7 +16,8 @@ import pytest
 import pytest_asyncio
 
 from tests.eventually import PATIENCE, eventually
-from tests.fault.test_up import RunningUp, descendants, new_folder, pid_of, running
+from tests.fault.test_up import RunningUp, new_folder, running
+from tests.processes import descendants, pid_of
 
 ROOT: Final = Path(__file__).parents[2]
 BUILT: Final = ROOT / "build" / "clients"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.eventually import PATIENCE, eventually
-from tests.fault.test_up import alive, descendants
+from tests.processes import alive, descendants
 
 OUTBOX = Path(sys.executable).with_name("outbox")
 

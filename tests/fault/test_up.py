@@ -33,6 +33,7 @@ from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.record import ReceivedMail, least_gap_s, read_record
 from tests.commands import CommandResult, run
 from tests.eventually import PATIENCE, eventually
+from tests.processes import alive, descendants, pid_of
 from tests.scraping import scrape
 
 OUTBOX = Path(sys.executable).with_name("outbox")
@@ -42,28 +43,6 @@ GAP_S = 0.2
 def environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")}
     return kept | {"OUTBOX_MIN_GAP": "200ms"} | variables
-
-
-def alive(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def descendants(pid: int) -> set[int]:
-    found: set[int] = set()
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            found |= {child} | descendants(child)
-    return found
-
-
-def pid_of(module: str, among: set[int]) -> int:
-    for pid in among:
-        if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
-            return pid
-    raise AssertionError(f"{module} is not among {among}")
 
 
 @dataclass

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.eventually import PATIENCE, eventually
-from tests.fault.test_up import descendants, folder, pid_of, running
+from tests.fault.test_up import folder, running
+from tests.processes import descendants, pid_of
 
 __all__ = ["folder"]
 

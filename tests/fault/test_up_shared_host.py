@@ -25,12 +25,12 @@ from tests.commands import run
 from tests.eventually import PATIENCE, eventually
 from tests.fault.test_up import (
     RunningUp,
-    descendants,
     folder,
     new_folder,
     pasted,
     running,
 )
+from tests.processes import arguments_of, descendants
 
 __all__ = ["folder"]
 ROOT = Path(__file__).parents[2]
@@ -82,10 +82,10 @@ def secrets_of(up: RunningUp) -> dict[str, str]:
     }
 
 
-def arguments_of(up: RunningUp) -> str:
+def all_arguments(up: RunningUp) -> str:
     """Return the arguments of all processes, as `ps` shows them to every user."""
     pids = (up.process.pid, *descendants(up.process.pid))
-    return "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
+    return " ".join(word for pid in pids for word in arguments_of(pid))
 
 
 async def test_another_user_of_the_machine_reads_nothing_and_logs_in_nowhere(
@@ -120,7 +120,7 @@ async def test_no_secret_is_an_argument_of_a_process_or_in_a_log_or_in_the_termi
 ) -> None:
     secrets = secrets_of(guarded)
     assert all(len(secret) >= 32 for secret in secrets.values())
-    arguments = arguments_of(guarded)
+    arguments = all_arguments(guarded)
     assert "valkey-server" in arguments
     logs = "".join(path.read_text() for path in (guarded.folder / ".outbox/logs").iterdir())
     printed = (guarded.folder / "stdout").read_text() + guarded.errors
