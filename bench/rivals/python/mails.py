@@ -46,14 +46,23 @@ class PooledMailer:
         message["Subject"] = SUBJECT.format_map(row)
         message.set_content(TEXT.format_map(row))
         message.add_alternative(HTML.format_map(row), subtype="html")
+        try:
+            client, reply = await self._deliver(message)
+        except aiosmtplib.SMTPServerDisconnected:
+            # Servers close connections that are kept: a pooled client uses another one then.
+            client, reply = await self._deliver(message)
+        self._idle.put_nowait(client)
+        await self._database.execute(_SENT, row["id"], started, reply)
+
+    async def _deliver(self, message: EmailMessage) -> tuple[aiosmtplib.SMTP, str]:
+        """Send a message; return the connection that it used, and the reply."""
         client = await self._client()
         try:
             _, reply = await client.send_message(message)
         except BaseException:
             client.close()
             raise
-        self._idle.put_nowait(client)
-        await self._database.execute(_SENT, row["id"], started, reply)
+        return client, reply
 
     async def _client(self) -> aiosmtplib.SMTP:
         if not self._idle.empty():
