@@ -74,12 +74,12 @@ def test_an_answer_that_differs_from_the_document_is_found(
     gateway: GatewayStack, config: Path, tmp_path: Path
 ) -> None:
     document = json.loads(gateway.call("GET", "/openapi.json").body)
-    document["components"]["schemas"]["Sender"]["required"].append("smtp")
+    document["components"]["schemas"]["Sender"]["required"].append("shoe_size")
     wrong = tmp_path / "openapi.json"
     wrong.write_text(json.dumps(document))
     done = schemathesis(gateway, config, str(wrong), "--include-operation-id", "GetSender")
     assert done.returncode == 1
-    assert "'smtp' is a required property" in done.stdout or '"smtp"' in done.stdout
+    assert "shoe_size" in done.stdout
 
 
 # Services, verbs and the kind of key. Services with few operations share a process, which needs
