@@ -69,15 +69,20 @@ async def test_an_installation_of_an_earlier_revision_keeps_its_rows_and_sends_i
 
 
 def test_no_migration_lets_a_writer_wait_for_a_second(new_database: Callable[[], str]) -> None:
-    url = emptied(new_database())
-    migrate(url, revision=FIRST)
-    fill(url, ROWS)
-    writers = Writers(url)
-    said: list[str] = []
-    writers.run_beside(partial(migrate, url, say=said.append, more_versions=VERSIONS))
-    assert said[-1].startswith(LAST)
-    assert writers.statements > 20
-    assert writers.refused == 0
+    # On a machine that is short of processor time, even a step of a millisecond may hold its lock
+    # for a second, in one try. A step that is too long does so in every try.
+    for _ in range(3):
+        url = emptied(new_database())
+        migrate(url, revision=FIRST)
+        fill(url, ROWS)
+        writers = Writers(url)
+        said: list[str] = []
+        writers.run_beside(partial(migrate, url, say=said.append, more_versions=VERSIONS))
+        assert said[-1].startswith(LAST)
+        assert writers.statements > 20
+        if not writers.refused:
+            return
+    raise AssertionError(f"{writers.refused} statements waited for a lock for a second")
 
 
 def _open_jobs(url: str) -> int:
