@@ -21,6 +21,12 @@ _Identity = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+_Reason = Annotated[
+    str,
+    typer.Option(
+        "--reason", "--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL
+    ),
+]
 # For commands whose `--reason` has another meaning.
 _ChangeReason = Annotated[
     str, typer.Option("--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL)
@@ -29,10 +35,10 @@ _ChangeReason = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
-    """The values for the audit log, of a change that is safe to repeat without an id."""
+    """The values for the audit log, of a change that needs no `request_id` of its own."""
 
     identity: _Identity = ""
-    change_reason: _ChangeReason = ""
+    change_reason: _Reason = ""
 
     def of(self, request: M) -> M:
         """Return `request` with the values of the options."""
@@ -40,6 +46,13 @@ class AuditOptions:
         filled.identity = self.identity
         filled.reason = self.change_reason
         return request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasonedAuditOptions(AuditOptions):
+    """The same for a command whose `--reason` has another meaning."""
+
+    change_reason: _ChangeReason = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +69,7 @@ class ChangeOptions:
         ),
     ] = ""
     identity: _Identity = ""
-    change_reason: Annotated[
-        str,
-        typer.Option(
-            "--reason", "--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL
-        ),
-    ] = ""
+    change_reason: _Reason = ""
 
     def of(self, request: M, part: int = 0) -> M:
         """Return `request` with the values of the options.

@@ -19,6 +19,7 @@ from outbox_client import Client
 
 from outbox_server.cli.batches import REJECTION_COLUMNS
 from outbox_server.cli.capabilities import check_dry_run
+from outbox_server.cli.change_options import AuditOptions
 from outbox_server.cli.client import Server, connection
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.follow import follow_to_end
@@ -165,6 +166,7 @@ def schedule(
             help="Id that makes retries safe (default: a new one, which is printed).",
         ),
     ] = None,
+    change: AuditOptions,
     rejections: Annotated[
         Path | None,
         typer.Option(
@@ -242,7 +244,7 @@ def schedule(
         with connection("scheduler", server) as client, new_file(rejections) as unsent:
             if dry:
                 check_dry_run(client)
-            answer = _upload(client, source, options, dry=dry)
+            answer = _upload(client, source, options, change, dry=dry)
             if unsent is not None and answer.batch.rejected_count:
                 _write_rejections(client, answer, source, unsent, options)
             if output is OutputFormat.TABLE:
@@ -336,10 +338,17 @@ def _opened(file: Path, *, again: bool) -> Iterator[BinaryIO]:
 
 
 def _upload(
-    client: Client, source: BinaryIO, options: BatchOptions, *, dry: bool
+    client: Client, source: BinaryIO, options: BatchOptions, change: AuditOptions, *, dry: bool
 ) -> pb.ScheduleBatchResponse:
     with upload_progress("checking" if dry else "uploading") as progress:
-        answer = client.upload(source, options, progress=progress, validate_only=dry)
+        answer = client.upload(
+            source,
+            options,
+            progress=progress,
+            validate_only=dry,
+            identity=change.identity,
+            reason=change.change_reason,
+        )
     batch = answer.batch
     rows = batch.accepted_count + batch.rejected_count
     rows += batch.duplicate_count + batch.suppressed_count

@@ -13,7 +13,7 @@ from outbox.v1.batch_service_pb2 import SendTestEmailRequest
 from outbox.v1.sender_pb2 import Sender, SenderState
 
 from outbox_server.cli.capabilities import check_dry_run
-from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
+from outbox_server.cli.change_options import AuditOptions, ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.mail_options import HeaderOptions, TemplateOptions
 from outbox_server.cli.option_groups import with_option_groups
@@ -205,6 +205,7 @@ def send_test(
             help="Id that makes retries safe (default: new).",
         ),
     ] = None,
+    change: AuditOptions,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -228,8 +229,8 @@ def send_test(
         **mail.headers(),
     )
     columns = dict(map(_column, column or ()))
-    asked = SendTestEmailRequest(
-        options=options, recipient=Recipient(email=recipient, columns=columns)
+    asked = change.of(
+        SendTestEmailRequest(options=options, recipient=Recipient(email=recipient, columns=columns))
     )
     with connection("scheduler", server) as client:
         sent = client.batches.SendTestEmail(asked)

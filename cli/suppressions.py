@@ -13,8 +13,8 @@ from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
 
 from outbox_server.cli.change_options import (
-    AuditOptions,
     GuardedChangeOptions,
+    ReasonedAuditOptions,
     ReasonedChangeOptions,
 )
 from outbox_server.cli.client import Server, connection, pages, upload_timeout
@@ -83,7 +83,7 @@ def import_(
     ] = "",
     email_column: EmailColumn = "",
     skip_lines: SkipLines = 0,
-    change: AuditOptions,
+    change: ReasonedAuditOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:

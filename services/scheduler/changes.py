@@ -6,8 +6,8 @@ got lost finds the answer of the first one, and no change is without its event.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.changes import RequestKey, StoredRequest
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller
-from outbox_server.shared.database.audit_events import RecordedChange, record_change
+from outbox_server.shared.database.audit_events import RecordedChange, record_changes
 from outbox_server.shared.errors import Aborted, AlreadyExists, Violations
 from outbox_server.shared.intake.addresses import folded_key
 from outbox_server.shared.secrets import SecretBox
@@ -76,6 +76,15 @@ class Made(Generic[M]):
         return folded_key(self.address) if self.address else None
 
 
+@dataclass(frozen=True, slots=True)
+class AskedChange:
+    """A change before it is made: the id and the digest of its request, and who asks for it."""
+
+    key: RequestKey
+    digest: bytes
+    change: RecordedChange
+
+
 class Changes:
     """Makes changes for the servicers."""
 
@@ -105,19 +114,18 @@ class Changes:
             AlreadyExists: the id belongs to another request (REQUEST_ID_REUSED).
             InvalidInput: REQUEST_ID_INVALID, IDENTITY_INVALID, CHANGE_REASON_INVALID.
         """
-        said = _said(request)
-        key = RequestKey(user_id, said.request_id)
-        digest = self._digest(request, validate_only=validate_only)
+        asked = self.ask(request, user_id, validate_only=validate_only)
+        key = asked.key
 
         async def once(connection: AsyncConnection) -> M | Made[M]:
             if key.request_id:
                 earlier = (
                     await storage.find_request(connection, key)
                     if validate_only
-                    else await storage.begin_request(connection, key, digest)
+                    else await storage.begin_request(connection, key, asked.digest)
                 )
                 if earlier is not None:
-                    kept = _replayed(earlier, digest, key, answer)
+                    kept = replayed(earlier, asked, answer)
                     return kept if complete is None else await complete(connection, kept)
             made = await change(connection)
             if validate_only:
@@ -125,7 +133,7 @@ class Changes:
                 return made.answer
             if key.request_id:
                 await _store(connection, key, made)
-            await _record(connection, request, said, made)
+            await _record(connection, asked.change, made)
             return made
 
         result = await in_transaction(self._engine, once)
@@ -154,30 +162,29 @@ class Changes:
             AlreadyExists, InvalidInput: as `make`.
             Aborted: the first call was interrupted, or is in progress (CHANGE_INTERRUPTED).
         """
-        said = _said(request)
-        key = RequestKey(user_id, said.request_id)
-        digest = self._digest(request)
+        asked = self.ask(request, user_id)
+        key = asked.key
         if key.request_id:
             earlier = await in_transaction(
                 self._engine,
                 lambda connection: (
                     storage.find_request(connection, key)
                     if repeatable
-                    else storage.begin_request(connection, key, digest)
+                    else storage.begin_request(connection, key, asked.digest)
                 ),
             )
             if earlier is not None:
-                return _replayed(earlier, digest, key, answer)
+                return replayed(earlier, asked, answer)
         made = await change()
 
         async def store(connection: AsyncConnection) -> M:
             # This change is recorded even if another call with the same id was faster.
-            await _record(connection, request, said, made)
+            await _record(connection, asked.change, made)
             if key.request_id:
                 if repeatable:
-                    earlier = await storage.begin_request(connection, key, digest)
+                    earlier = await storage.begin_request(connection, key, asked.digest)
                     if earlier is not None:
-                        return _replayed(earlier, digest, key, answer)
+                        return replayed(earlier, asked, answer)
                 await _store(connection, key, made)
             return made.answer
 
@@ -192,7 +199,19 @@ class Changes:
 
         So a call that is interrupted between two parts leaves no part without an event.
         """
-        await _record(connection, request, _said(request), made)
+        await _record(connection, requested_change(request), made)
+
+    def ask(
+        self, request: Message, user_id: str | None, *, validate_only: bool = False
+    ) -> AskedChange:
+        """Return what is known of a change before it is made. `user_id` is as in `make`.
+
+        Raises:
+            InvalidInput: as `make`.
+        """
+        change = requested_change(request)
+        key = RequestKey(user_id, getattr(request, "request_id", ""))
+        return AskedChange(key, self._digest(request, validate_only=validate_only), change)
 
     def _digest(self, request: Message, *, validate_only: bool = False) -> bytes:
         name = request.DESCRIPTOR.full_name.encode()
@@ -235,13 +254,6 @@ def differences(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Said:
-    request_id: str
-    identity: str
-    reason: str
-
-
 class AttributedRequest(Protocol):
     """The fields that the requests of all changes have. Some have no `request_id`."""
 
@@ -268,14 +280,50 @@ def check_origin(request: AttributedRequest) -> None:
     wrong.raise_any()
 
 
-def _said(request: Message) -> _Said:
+def requested_change(request: Message) -> RecordedChange:
+    """Return who asks by `request` for what, and why; what changes is not known yet.
+
+    Raises:
+        InvalidInput: REQUEST_ID_INVALID, IDENTITY_INVALID, CHANGE_REASON_INVALID.
+    """
     given: Any = request
     check_origin(given)
-    return _Said(getattr(given, "request_id", ""), given.identity, given.reason)
+    caller = current_caller()
+    return RecordedChange(
+        actor=caller.kind.value if caller.key_id is None else f"key:{caller.key_id}",
+        action=request.DESCRIPTOR.name.removesuffix("Request"),
+        identity=given.identity,
+        reason=given.reason,
+    )
 
 
-def _replayed(earlier: StoredRequest, digest: bytes, key: RequestKey, answer: type[M]) -> M:
-    if earlier.digest != digest:
+async def record_all(
+    connection: AsyncConnection, changes: Sequence[tuple[AskedChange, Made[Any]]]
+) -> None:
+    """Write the events and the requests of several calls whose changes this transaction makes."""
+    events = [
+        (_event(asked.change, made), made.address_key) for asked, made in changes if made.changed
+    ]
+    if events:
+        await record_changes(connection, events)
+    requests = [
+        (asked.key, asked.digest, made.answer.SerializeToString(), made.user_id, made.address_key)
+        for asked, made in changes
+        if asked.key.request_id
+    ]
+    if requests:
+        await storage.add_requests(connection, requests)
+
+
+def replayed(earlier: StoredRequest, asked: AskedChange, answer: type[M]) -> M:
+    """Return the answer of an earlier request with the same id.
+
+    Raises:
+        AlreadyExists: REQUEST_ID_REUSED.
+        Aborted: CHANGE_INTERRUPTED.
+    """
+    key = asked.key
+    if earlier.digest != asked.digest:
         raise AlreadyExists(
             f"request_id {key.request_id!r} was used for another request; use a new one",
             reason="REQUEST_ID_REUSED",
@@ -296,20 +344,12 @@ async def _store(connection: AsyncConnection, key: RequestKey, made: Made[Any]) 
     await storage.store_answer(connection, key, answer, made.user_id, made.address_key)
 
 
-async def _record(
-    connection: AsyncConnection, request: Message, said: _Said, made: Made[Any]
-) -> None:
-    if not made.changed:
-        return
-    caller = current_caller()
-    change = RecordedChange(
-        actor=caller.kind.value if caller.key_id is None else f"key:{caller.key_id}",
-        action=request.DESCRIPTOR.name.removesuffix("Request"),
-        target=made.target,
-        before=made.before,
-        after=made.after,
-        identity=said.identity,
-        reason=said.reason,
-        user_id=made.user_id,
+async def _record(connection: AsyncConnection, change: RecordedChange, made: Made[Any]) -> None:
+    if made.changed:
+        await record_changes(connection, [(_event(change, made), made.address_key)])
+
+
+def _event(change: RecordedChange, made: Made[Any]) -> RecordedChange:
+    return replace(
+        change, target=made.target, before=made.before, after=made.after, user_id=made.user_id
     )
-    await record_change(connection, change, made.address_key)

@@ -28,10 +28,12 @@ from outbox_server.shared.loops import Loop
 REQUESTS_KEPT: Final = timedelta(hours=24)
 # Of one user. A user that changes more within a day loses the oldest requests sooner.
 _MOST_REQUESTS: Final = 10_000
-# Of one actor about the data of one user.
+# Of one actor about the data of one user: so many accepted batches, and so many other changes.
 _MOST_EVENTS: Final = 100_000
 # The number of rows that one transaction removes.
 _CHUNK: Final = 1_000
+# The same for surplus events: before each, all events are counted.
+_SURPLUS_CHUNK: Final = 10_000
 _INTERVAL: Final = timedelta(minutes=10)
 # The number of events of jobs that one transaction counts or removes, and of how many users.
 _EVENT_CHUNK: Final = 8_000
@@ -105,7 +107,7 @@ class Forgetter:
         self._removals: list[_Removal] = [
             partial(storage.remove_requests, older_than=REQUESTS_KEPT, limit=_CHUNK),
             partial(storage.remove_surplus_requests, most=most_requests, limit=_CHUNK),
-            partial(storage.remove_surplus_events, most=most_events, limit=_CHUNK),
+            partial(storage.remove_surplus_events, most=most_events, limit=_SURPLUS_CHUNK),
             partial(remove_old_deliveries, older_than=event_retention, limit=_CHUNK),
             job_events.remove_old,
         ]

@@ -22,7 +22,7 @@ import structlog
 
 from outbox_server.services.scheduler.copy_format import Schedule, job_values
 from outbox_server.services.scheduler.small_batches import SmallBatch
-from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.services.scheduler.storage.batches import BatchRecord, accepted_change
 from outbox_server.services.scheduler.storage.checking import unstored_batch
 from outbox_server.services.scheduler.storage.group_intake import (
     GroupCall,
@@ -39,6 +39,7 @@ from outbox_server.services.scheduler.storage.intake import (
     KnownRequest,
     batch_values,
 )
+from outbox_server.shared.database.audit_events import RecordedChange
 from outbox_server.shared.database.engine import DATABASE_ERRORS, unix_ms
 from outbox_server.shared.errors import OutboxError
 from outbox_server.shared.fair_shares import Claimant
@@ -90,6 +91,8 @@ class _Waiting:
     # The user that the call acts for. None means any.
     user_id: str | None
     claimant: Claimant
+    # Who asks for it, for the audit log.
+    change: RecordedChange
     trace_parent: str | None
     result: asyncio.Future[StoredBatch | None] = field(repr=False)
     tries: int = 0
@@ -125,6 +128,7 @@ class GroupCommit:
         batch: SmallBatch,
         user_id: str | None,
         claimant: Claimant,
+        change: RecordedChange,
         trace_parent: str | None = None,
     ) -> StoredBatch | None:
         """Store a batch with the next group. Return None if it must go the usual way instead.
@@ -136,7 +140,7 @@ class GroupCommit:
             PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
         """
         result: asyncio.Future[StoredBatch | None] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(batch, user_id, claimant, trace_parent, result)
+        waiting = _Waiting(batch, user_id, claimant, change, trace_parent, result)
         self._waiting.setdefault(claimant, deque()).append(waiting)
         if self._writing is None:
             # Without a call's context: a group belongs to many calls.
@@ -360,7 +364,7 @@ class GroupCommit:
             spacing=options.spacing_ms * _MILLISECOND,
             last_due=schedule.last_due,
         )
-        return GroupedBatch(values, jobs), record
+        return GroupedBatch(values, jobs, accepted_change(each.change, record)), record
 
 
 def _dues(batch: GroupedBatch) -> list[tuple[JobRef, int]]:

@@ -24,7 +24,7 @@ from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.planning import OwnTimes, planned_mails
 from outbox_server.services.scheduler.reading import ReaderSteps, refused_rows
 from outbox_server.services.scheduler.small_batches import SmallBatch, read_small
-from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.services.scheduler.storage.batches import BatchRecord, accepted_change
 from outbox_server.services.scheduler.storage.checking import CheckStore, unstored_batch
 from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
@@ -37,6 +37,7 @@ from outbox_server.services.scheduler.storage.intake import (
 from outbox_server.services.scheduler.storage.spreading import Spread
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant, leave_place
+from outbox_server.shared.database.audit_events import RecordedChange
 from outbox_server.shared.database.ownership import owner_of
 from outbox_server.shared.errors import AlreadyExists, FailedPrecondition, InvalidInput
 from outbox_server.shared.fair_shares import FairShares
@@ -172,7 +173,11 @@ class Intake:
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def accept_small(
-        self, options: BatchOptions, payload: Callable[[], Payload], user_id: str | None
+        self,
+        options: BatchOptions,
+        payload: Callable[[], Payload],
+        user_id: str | None,
+        change: RecordedChange,
     ) -> Acceptance:
         """Do the same as `accept` with a small batch, together with other calls.
 
@@ -180,15 +185,15 @@ class Intake:
         """
         small = self._read_small(options, payload())
         if small is None:
-            return await self.accept(options, payload(), user_id)
+            return await self.accept(options, payload(), user_id, change)
         claimant = current_claimant()
         async with self._grouped.entered(claimant):
             leave_place()
             parent = None if self._trace_parent is None else self._trace_parent()
-            stored = await self._groups.store(small, user_id, claimant, parent)
+            stored = await self._groups.store(small, user_id, claimant, change, parent)
         if stored is None:
             async with self.batches.entered(claimant):
-                return await self.accept(options, payload(), user_id)
+                return await self.accept(options, payload(), user_id, change)
         # The statements of the group belong to no call. Those that follow belong to this one.
         owner_of(stored.sender.user_id)
         if stored.known is not None:
@@ -224,10 +229,13 @@ class Intake:
         options: BatchOptions,
         payload: Payload,
         user_id: str | None,
+        change: RecordedChange,
         *,
         validate_only: bool = False,
     ) -> Acceptance:
         """Store the batch and load its sender's head. With `validate_only`, only check it.
+
+        `change` says who asks for it, for the audit log.
 
         Raises:
             NotFound: SENDER_NOT_FOUND.
@@ -248,7 +256,7 @@ class Intake:
         self._under_way += 1
         self._idle.clear()
         try:
-            return await self._accept(options, steps, user_id, validate_only=validate_only)
+            return await self._accept(options, steps, user_id, change, validate_only=validate_only)
         finally:
             await steps.end()
             self._under_way -= 1
@@ -256,7 +264,13 @@ class Intake:
                 self._idle.set()
 
     async def _accept(
-        self, options: BatchOptions, steps: ReaderSteps, user_id: str | None, *, validate_only: bool
+        self,
+        options: BatchOptions,
+        steps: ReaderSteps,
+        user_id: str | None,
+        change: RecordedChange,
+        *,
+        validate_only: bool,
     ) -> Acceptance:
         sender, known = await self._look_up(options, user_id)
         if known is None:
@@ -264,7 +278,9 @@ class Intake:
                 raise _no_sender(options)
             if self._restrict_domains:
                 check_sender_domain(sender.email, sender.domains, sender.user_id)
-            done = await self._store_batch(options, steps, sender, validate_only=validate_only)
+            done = await self._store_batch(
+                options, steps, sender, change, validate_only=validate_only
+            )
             if done is not None:
                 if validate_only:
                     return done
@@ -288,6 +304,7 @@ class Intake:
         options: BatchOptions,
         steps: ReaderSteps,
         sender: IntakeSender,
+        change: RecordedChange,
         *,
         validate_only: bool,
     ) -> Acceptance | None:
@@ -330,7 +347,7 @@ class Intake:
             if options.test and not writer.counts.accepted:
                 raise recipient_suppressed()
             last_due, spacing = await writer.end()
-            dropped = await transaction.finish(
+            finished = await transaction.finish(
                 begun,
                 sender,
                 writer.counts,
@@ -340,13 +357,15 @@ class Intake:
                 quotas=writer.quotas,
                 row_labels=writer.row_labels,
             )
-            if dropped is None:
+            if finished is None:
                 raise _no_sender(options)
-        counts = writer.counts
+            batch = writer.record(finished.counts, last_due, spacing)
+            await transaction.record(accepted_change(change, batch))
+        counts = finished.counts
         if validate_only:
-            return writer.checked(last_due, spacing, dropped)
+            return writer.checked(batch, spacing, finished.dropped)
         self._metrics.accepted(jobs=counts.accepted, rejected=counts.rejected)
-        notices = [_NOT_STORED.format(dropped)] if dropped else ()
+        notices = [_NOT_STORED.format(finished.dropped)] if finished.dropped else ()
         return Acceptance(begun.batch_id, sender.user_id, writer.rejections, notices=notices)
 
 
@@ -511,28 +530,32 @@ class _BatchWriter:
         if not counts.accepted + counts.duplicate + counts.suppressed:
             raise refused_rows("every row was rejected", "NO_ROW_ACCEPTED", self.rejections)
 
-    def checked(self, last_due: datetime | None, spacing: timedelta, dropped: int) -> Acceptance:
-        """Return the answer to a call that only checks: the batch as it would be stored."""
-        options, begun, counts = self.options, self.begun, self.counts
-        record = unstored_batch(
-            options,
-            begun,
+    def record(
+        self, counts: IntakeCounts, last_due: datetime | None, spacing: timedelta
+    ) -> BatchRecord:
+        """Return the batch as it is stored, or would be."""
+        return unstored_batch(
+            self.options,
+            self.begun,
             counts,
             user_id=self.user_id,
             email_column=self.steps.reader.email_column,
             spacing=spacing,
             last_due=last_due,
         )
-        last = begun.start_at + spacing * max(self.schedule.places - 1, 0)
+
+    def checked(self, record: BatchRecord, spacing: timedelta, dropped: int) -> Acceptance:
+        """Return the answer to a call that only checks: the batch as it would be stored."""
+        last = record.start_at + spacing * max(self.schedule.places - 1, 0)
         planned = planned_mails(
             self.own_times or OwnTimes(),
-            counts.accepted,
-            begun.start_at,
+            record.accepted_count,
+            record.start_at,
             last,
-            options.expire_after_ms,
+            record.expire_after_ms,
         )
         return Acceptance(
-            begun.batch_id,
+            record.batch_id,
             self.user_id,
             self.rejections,
             notices=[_NOT_STORED.format(dropped)] if dropped else (),

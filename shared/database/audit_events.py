@@ -12,6 +12,7 @@ from sqlalchemy import BigInteger, Text, cast, func, insert, literal, or_, selec
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.shared.bounds import MAX_AUDITED_TEXT
 from outbox_server.shared.database.models import AuditEvent
 from outbox_server.shared.database.ownership import owned_by
 
@@ -57,26 +58,39 @@ _COLUMNS: Final = (
 )
 
 
-async def record_change(
-    connection: AsyncConnection, change: RecordedChange, address_key: str | None = None
-) -> None:
-    """Append a change, within the transaction that makes it.
+def shortened_text(text: str | None) -> str | None:
+    """Return a text, or its first words: an address that is cut would not be found to erase it."""
+    if text is None or len(text) <= MAX_AUDITED_TEXT:
+        return text
+    words, *_ = text[: MAX_AUDITED_TEXT + 1].rsplit(None, 1)
+    return f"{words if len(words) <= MAX_AUDITED_TEXT else ''}... ({len(text):,} characters)"
 
-    `address_key` is the key of the recipient that it is about, if there is one.
-    """
-    await connection.execute(
-        insert(AuditEvent).values(
-            actor=change.actor,
-            identity=change.identity,
-            reason=change.reason,
-            action=change.action,
-            target=change.target,
-            user_id=change.user_id,
-            address_key=address_key,
-            before=None if change.before is None else dict(change.before),
-            after=None if change.after is None else dict(change.after),
-        )
-    )
+
+def change_values(change: RecordedChange, address_key: str | None = None) -> dict[str, Any]:
+    """Return the row of a change. `address_key` is the key of the recipient that it is about."""
+    return {
+        "actor": change.actor,
+        "identity": change.identity,
+        "reason": change.reason,
+        "action": change.action,
+        "target": change.target,
+        "user_id": change.user_id,
+        "address_key": address_key,
+        "before": None if change.before is None else dict(change.before),
+        "after": None if change.after is None else dict(change.after),
+    }
+
+
+async def record_change(connection: AsyncConnection, change: RecordedChange) -> None:
+    """Append a change, within the transaction that makes it."""
+    await record_changes(connection, [(change, None)])
+
+
+async def record_changes(
+    connection: AsyncConnection, changes: Sequence[tuple[RecordedChange, str | None]]
+) -> None:
+    """Append changes, each with the key of the recipient that it is about, if there is one."""
+    await connection.execute(insert(AuditEvent), [change_values(*each) for each in changes])
 
 
 async def read_changes(

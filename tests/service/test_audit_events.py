@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -13,11 +14,13 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1.audit_pb2 import AuditEvent
 from outbox.v1.audit_service_pb2 import ListAuditEventsRequest
+from outbox.v1.batch_service_pb2 import ScheduleBatchRequest
 from outbox.v1.sender_pb2 import Sender
 
+from outbox_server.services.scheduler.storage.changes import ACCEPTING
 from outbox_server.shared.secrets import generate_key
 from tests.contract_methods import contract_methods
-from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 
 SAID: Final = {"identity": "carol@example.com", "reason": "ticket 12"}
 # They are about no user's data.
@@ -29,6 +32,7 @@ WITHOUT_BEFORE: Final = {
     *("ImportSuppressions", "ImportSuppressionsFile", "EraseRecipient"),
     *("RotateWebhookSecret", "TestWebhook", "RedeliverWebhook"),
     *("CancelHeldJobs", "ReleaseHeldJobs"),
+    *ACCEPTING,
 }
 
 
@@ -78,12 +82,16 @@ class Changer:
         self.scheduler = scheduler
         self._methods = {method.name: method for method in contract_methods()}
 
-    async def __call__(self, name: str, **fields: Any) -> Any:
+    async def __call__(self, name: str, then: Any = None, **fields: Any) -> Any:
+        """Call a method. `then` has the fields of the second message of a stream."""
         method = self._methods[name]
-        request = GetMessageClass(method.input_type)(**fields, **SAID)
+        message = GetMessageClass(method.input_type)
+        request = message(**fields, **SAID)
         stubs = vars(self.scheduler).values()
         call = next(getattr(stub, name) for stub in stubs if hasattr(stub, name))
-        return await call(iter([request]) if method.client_streaming else request)
+        if not method.client_streaming:
+            return await call(request)
+        return await call(iter([request] if then is None else [request, message(**then)]))
 
     def fail(self, batch_id: str) -> None:
         """Let the jobs of a batch have failed."""
@@ -112,7 +120,7 @@ async def change_mail(call: Changer, sender: Sender) -> None:
     await call("ResumeSender", **which)
 
     async def batch() -> dict[str, str]:
-        accepted = await scheduler.schedule(sender, "email\na@b.org\n")
+        accepted = await call("ScheduleBatch", options=options_for(sender), csv=b"email\na@b.org")
         return {"batch_id": accepted.batch.batch_id}
 
     first, second, third, fourth = [await batch() for _ in range(4)]
@@ -133,7 +141,11 @@ async def change_mail(call: Changer, sender: Sender) -> None:
     job = scheduler.value("SELECT id FROM email_jobs WHERE batch_id = %s", int(fourth["batch_id"]))
     await call("ResolveEmailJob", email_job_id=str(job), resolution=1)
 
-    await batch()
+    chunk = {"chunk": b"email\na@b.org\n"}
+    await call("UploadBatch", options=options_for(sender), then=chunk)
+    file = {"data": b"email\na@b.org\n", "content_type": "text/csv"}
+    await call("UploadBatchFile", options=options_for(sender), file=file)
+    await call("SendTestEmail", options=options_for(sender), recipient={"email": "me@b.org"})
     await call("BeginHold")
     await call("CancelHeldJobs", all=True)
     await batch()
@@ -167,6 +179,69 @@ async def change_the_rest(call: Changer) -> None:
     await call("DeleteWebhook", **one)
     key = (await call("CreateApiKey", api_key={"kind": 2})).api_key
     await call("RevokeApiKey", api_key_id=key.api_key_id)
+
+
+async def test_each_accepted_batch_has_one_event_without_its_recipients(
+    scheduler: Scheduler,
+) -> None:
+    sender = await scheduler.sender("ann")
+    began = datetime.now(UTC)
+
+    async def accept(number: int, csv: bytes, **fields: Any) -> str:
+        options = options_for(sender, **fields)
+        request = ScheduleBatchRequest(
+            options=options, csv=csv, identity=f"caller {number}", reason="ticket 12"
+        )
+        for check in (True, False, False):  # a check, the call, and a repeated call
+            request.validate_only = check
+            answer = await scheduler.batches.ScheduleBatch(request)
+        assert answer.replayed
+        return answer.batch.batch_id
+
+    # At once, so that some are stored in one group. Larger batches are stored one by one.
+    csvs = [b"email,name\nann@b.org,Ann\n"] * 20 + [many("u", 2), many("v", 200)] * 5
+    ids = await asyncio.gather(*(accept(*each) for each in enumerate(csvs)))
+    options = {"spacing": Duration(seconds=2), "expire_after": Duration(seconds=60)}
+    spread = await accept(99, b"email\na@b.org\na@b.org\nx\n", **options)
+    found = {event.target: event for event in await all_events(scheduler)}
+    assert len(found) == len(await all_events(scheduler)) == len(ids) + 2
+
+    for number, (batch_id, csv) in enumerate(zip(ids, csvs, strict=True)):
+        event = found[f"batches/{batch_id}"]
+        assert (event.action, event.actor, event.user_id) == ("ScheduleBatch", "local", "ann")
+        assert (event.identity, event.reason) == (f"caller {number}", "ticket 12")
+        assert not event.HasField("before")
+        after = MessageToDict(event.after)
+        assert datetime.fromisoformat(after.pop("schedule_time")) >= began - timedelta(seconds=1)
+        rows = csv.count(b"@")
+        assert after == {
+            "sender_id": sender.sender_id,
+            "spacing": "0ms",
+            "accepted_count": rows,
+            **dict.fromkeys(("rejected_count", "duplicate_count", "suppressed_count"), 0),
+            # That of a single mail may be about the recipient.
+            **({"subject": "Hello"} if rows > 1 else {}),
+        }
+    after = MessageToDict(found[f"batches/{spread}"].after)
+    assert (after["spacing"], after["expire_after"]) == ("2s", "1m")
+    assert (after["accepted_count"], after["rejected_count"], after["duplicate_count"]) == (1, 1, 1)
+
+
+def many(name: str, count: int) -> bytes:
+    return b"email\n" + b"".join(b"%s%d@b.org\n" % (name.encode(), n) for n in range(count))
+
+
+async def test_no_batch_is_accepted_without_its_event(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender("ann")
+    scheduler.execute("ALTER TABLE audit_events ADD CONSTRAINT full_ CHECK (false) NOT VALID")
+    try:
+        for rows in (1, 200):
+            refused = await refusal_of(scheduler.schedule(sender, many("u", rows)))
+            assert refused.code == "INTERNAL"
+    finally:
+        scheduler.execute("ALTER TABLE audit_events DROP CONSTRAINT full_")
+    assert scheduler.value("SELECT count(*) FROM batches") == 0
+    assert scheduler.value("SELECT count(*) FROM email_jobs") == 0
 
 
 async def all_events(scheduler: Scheduler) -> list[AuditEvent]:

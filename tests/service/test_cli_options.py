@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ async def test_options_may_stand_before_between_and_after_the_command(
 
 
 async def test_a_change_is_made_once_and_its_audit_event_says_who_and_why(
-    scheduler: Scheduler,
+    scheduler: Scheduler, tmp_path: Path
 ) -> None:
     end = ("--user", "ann", "--server", scheduler.address, "-o", "json")
     said = ("--request-id", "r-1", "--identity", "ann of support", "--reason", "ticket 5")
@@ -75,12 +76,21 @@ async def test_a_change_is_made_once_and_its_audit_event_says_who_and_why(
     # Here, --reason belongs to the suppression.
     address = ("suppressions", "create", "x@y.org", "--reason", "bounced")
     await outbox(*address, "--change-reason", "clean-up", *end)
+    who = ("--identity", "bob", "--reason", "the news")
+    mail = ("--subject", "Hi", "--body", "Hello")
+    people = tmp_path / "people.csv"
+    people.write_text("email\nann@b.org\n", encoding="utf-8")
+    sender = made["sender_id"]
+    await outbox("schedule", str(people), "--sender", sender, *mail, *who, *end)
+    await outbox("senders", "test", sender, "--recipient", "me@b.org", *mail, *who, *end)
     listed = await outbox("audit-events", *end)
     events = json.loads(listed.stdout)["audit_events"]
     assert [(each["action"], each["identity"], each["reason"]) for each in reversed(events)] == [
         ("CreateSender", "ann of support", "ticket 5"),
         ("PauseSender", "", ""),
         ("CreateSuppression", "", "clean-up"),
+        ("UploadBatch", "bob", "the news"),
+        ("SendTestEmail", "bob", "the news"),
     ]
 
 

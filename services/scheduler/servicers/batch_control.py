@@ -30,6 +30,7 @@ from outbox_server.services.scheduler.storage.respreading import begin_respread,
 from outbox_server.services.scheduler.storage.unsent_rows import read_templates
 from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.shared import bounds
+from outbox_server.shared.database.audit_events import shortened_text
 from outbox_server.shared.errors import Aborted, FailedPrecondition, InvalidInput, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.batch_options import check_no_nul
@@ -261,17 +262,9 @@ def _audited(record: BatchRecord) -> dict[str, Any]:
         "pause_end_time": None if until is None else until.isoformat(),
         "schedule_time": record.start_at.isoformat(),
         "spacing": format_duration(record.spacing_ms * _MILLISECOND),
-        **{name: _shortened(getattr(record, name)) for name in TEXTS},
-        "headers": [f"{name}: {_shortened(text)}" for name, text in record.headers],
+        **{name: shortened_text(getattr(record, name)) for name in TEXTS},
+        "headers": [f"{name}: {shortened_text(text)}" for name, text in record.headers],
     }
-
-
-def _shortened(text: str | None) -> str | None:
-    """Return a text, or its first words: an address that is cut would not be found to erase it."""
-    if text is None or len(text) <= bounds.MAX_AUDITED_TEXT:
-        return text
-    words, *_ = text[: bounds.MAX_AUDITED_TEXT + 1].rsplit(None, 1)
-    return f"{words if len(words) <= bounds.MAX_AUDITED_TEXT else ''}... ({len(text):,} characters)"
 
 
 def _check_not_cancelled(batch: LockedBatch) -> None:

@@ -7,13 +7,19 @@ from contextlib import aclosing
 from dataclasses import astuple
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from structlog.contextvars import bind_contextvars
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_etag
+from outbox_server.services.scheduler.changes import (
+    Changes,
+    Made,
+    check_etag,
+    check_origin,
+    requested_change,
+)
 from outbox_server.services.scheduler.filters.fields import (
     FieldTest,
     both,
@@ -53,6 +59,7 @@ from outbox_server.services.scheduler.storage.cancelling import cancel_batch
 from outbox_server.services.scheduler.storage.email_jobs import find_only_job
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
+from outbox_server.shared.database.audit_events import RecordedChange
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.errors import InvalidInput, Unavailable, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
@@ -76,6 +83,11 @@ from outbox_server.shared.states import BatchState
 _WATCHED: Final = "watched batch"
 # The rows of a cancelled batch with at most this many jobs are updated before the call returns.
 _SWEPT_IN_CALL: Final = 5_000
+_NewBatch: TypeAlias = (
+    batch_service_pb2.ScheduleBatchRequest
+    | batch_service_pb2.UploadBatchRequest
+    | batch_service_pb2.UploadBatchFileRequest
+)
 # Loading a head takes 0.4 s after a million cancelled rows. The caller waits no longer than this.
 _LOAD_LIMIT: Final = timedelta(seconds=1)
 
@@ -114,25 +126,33 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from one message."""
-        user_id, options = checked_options(request.options, validate_only=request.validate_only)
+        user_id, options, change = _asked(request)
         bind_contextvars(request_id=options.request_id)
         payload = partial(_payload, request)
         accept = self._intake.accept_small if _is_small(request) else self._accept_whole
         if request.validate_only:
             accept = self._check_whole
         with errors_name(request.WhichOneof("payload") or "payload"):
-            accepted = await accept(options, payload, user_id)
+            accepted = await accept(options, payload, user_id, change)
         return await self._answer(accepted, forecast=request.require_forecast)
 
     async def _accept_whole(
-        self, options: BatchOptions, payload: Callable[[], Payload], user_id: str | None
+        self,
+        options: BatchOptions,
+        payload: Callable[[], Payload],
+        user_id: str | None,
+        change: RecordedChange,
     ) -> Acceptance:
-        return await self._intake.accept(options, payload(), user_id)
+        return await self._intake.accept(options, payload(), user_id, change)
 
     async def _check_whole(
-        self, options: BatchOptions, payload: Callable[[], Payload], user_id: str | None
+        self,
+        options: BatchOptions,
+        payload: Callable[[], Payload],
+        user_id: str | None,
+        change: RecordedChange,
     ) -> Acceptance:
-        return await self._intake.accept(options, payload(), user_id, validate_only=True)
+        return await self._intake.accept(options, payload(), user_id, change, validate_only=True)
 
     async def UploadBatch(
         self,
@@ -144,12 +164,12 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "options":
             raise _out_of_order("options", "must be set in the first message")
-        user_id, options = checked_options(first.options, validate_only=first.validate_only)
+        user_id, options, change = _asked(first)
         bind_contextvars(request_id=options.request_id)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
         with errors_name("chunk"):
             accepted = await self._intake.accept(
-                options, payload, user_id, validate_only=first.validate_only
+                options, payload, user_id, change, validate_only=first.validate_only
             )
         return await self._answer(accepted)
 
@@ -163,13 +183,13 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         first = await anext(messages, None)
         if first is None:
             raise _out_of_order("options", "must be set in the first message")
-        user_id, options = checked_options(first.options, validate_only=first.validate_only)
+        user_id, options, change = _asked(first)
         bind_contextvars(request_id=options.request_id)
         check_file_type(first.file.content_type)
         payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
         with errors_name("file"):
             accepted = await self._intake.accept(
-                options, payload, user_id, validate_only=first.validate_only
+                options, payload, user_id, change, validate_only=first.validate_only
             )
         return await self._answer(accepted)
 
@@ -201,12 +221,16 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.SendTestEmailResponse:
         """Accept one mail as a test."""
-        user_id, options = options_of_test(request.options)
+        wrong = Violations()
+        with wrong:
+            check_origin(request)
+        user_id, options = options_of_test(request.options, wrong)
+        change = requested_change(request)
         bind_contextvars(request_id=options.request_id)
         row = request.recipient
         payload = RowsPayload([_raw_row(row)], 1)
         with naming_recipient():
-            accepted = await self._intake.accept(options, payload, user_id)
+            accepted = await self._intake.accept(options, payload, user_id, change)
         bind_contextvars(batch_id=accepted.batch_id)
         async with self._engine.connect() as connection:
             job = await find_only_job(connection, accepted.batch_id, accepted.user_id)
@@ -418,6 +442,17 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             )
             known = await self._forecaster.forecast(connection, found)
         return _response(accepted, found, rejections, known)
+
+
+def _asked(request: _NewBatch) -> tuple[str | None, BatchOptions, RecordedChange]:
+    """Return the user to act for, the options of the new batch, and who asks for it."""
+    wrong = Violations()
+    with wrong:
+        check_origin(request)
+    user_id, options = checked_options(
+        request.options, validate_only=request.validate_only, found=wrong
+    )
+    return user_id, options, requested_change(request)
 
 
 def _lost_again(batch_id: int) -> Unavailable:

@@ -10,7 +10,7 @@ from typing import Final
 from outbox.v1 import batch_pb2
 
 from outbox_server.services.scheduler.servicers.calls import checked_options
-from outbox_server.shared.errors import FieldViolation, InvalidInput
+from outbox_server.shared.errors import FieldViolation, InvalidInput, Violations
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.states import BatchMode
 
@@ -28,8 +28,10 @@ _IGNORED: Final = (
 )
 
 
-def options_of_test(asked: batch_pb2.BatchOptions) -> tuple[str | None, BatchOptions]:
-    """Return the user to act for, and the options of the batch.
+def options_of_test(
+    asked: batch_pb2.BatchOptions, found: Violations
+) -> tuple[str | None, BatchOptions]:
+    """Return the user to act for, and the options of the batch. `found` has errors of the request.
 
     Raises:
         InvalidInput, NotFound: see `checked_options`.
@@ -38,7 +40,7 @@ def options_of_test(asked: batch_pb2.BatchOptions) -> tuple[str | None, BatchOpt
     options.CopyFrom(asked)
     for name in _IGNORED:
         options.ClearField(name)
-    user_id, checked = checked_options(options)
+    user_id, checked = checked_options(options, found=found)
     return user_id, replace(checked, mode=BatchMode.STRICT, test=True)
 
 

@@ -16,12 +16,16 @@ from outbox_server.services.scheduler.filters.resources import ShownBatchState
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition, labels_of
 from outbox_server.services.scheduler.storage.counted_states import has_counted
+from outbox_server.shared.database.audit_events import RecordedChange, shortened_text
 from outbox_server.shared.database.counts import JobCounts, batch_counts
 from outbox_server.shared.database.models import Batch, BatchRejection
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.pauses import batch_is_paused, pause_lasts
 from outbox_server.shared.intake.rows import RowRejection
+from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy, JobState
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,31 @@ class BatchRecord:
     # In lists, these are left out.
     reply_to: str | None = None
     headers: Sequence[tuple[str, str]] = ()
+
+
+def accepted_change(change: RecordedChange, batch: BatchRecord) -> RecordedChange:
+    """Return `change` as the event of the audit log of a batch that it has accepted.
+
+    It has no addresses and no variables. The subject of a single mail may be about its recipient,
+    whom an erasure could no longer find here once the batch is purged.
+    """
+    after: dict[str, Any] = {
+        "sender_id": str(batch.sender_id),
+        "schedule_time": batch.start_at.isoformat(),
+        "spacing": format_duration(batch.spacing_ms * _MILLISECOND),
+        "accepted_count": batch.accepted_count,
+        "rejected_count": batch.rejected_count,
+        "duplicate_count": batch.duplicate_count,
+        "suppressed_count": batch.suppressed_count,
+    }
+    if batch.expire_after_ms is not None:
+        after["expire_after"] = format_duration(batch.expire_after_ms * _MILLISECOND)
+    if batch.subject is not None and batch.accepted_count > 1:
+        after["subject"] = shortened_text(batch.subject)
+    if batch.test:
+        after["test"] = True
+    target = f"batches/{batch.batch_id}"
+    return replace(change, target=target, user_id=batch.user_id, after=after)
 
 
 _LISTED: Final = (

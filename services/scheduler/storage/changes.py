@@ -12,14 +12,16 @@ from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
+    Text,
     and_,
     delete,
     func,
+    literal,
     select,
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -32,6 +34,8 @@ _KEYS: Final[dict[type, tuple[str, ...]]] = {
 }
 # The scope of callers that act for no particular user.
 _ANY_USER: Final = ""
+# The actions that accept a batch.
+ACCEPTING: Final = frozenset({"ScheduleBatch", "UploadBatch", "UploadBatchFile", "SendTestEmail"})
 # The row of an earlier request may be removed between two statements.
 _TRIES: Final = 3
 
@@ -93,6 +97,47 @@ async def find_request(connection: AsyncConnection, key: RequestKey) -> StoredRe
     return None if row is None else StoredRequest(row.digest, row.answer)
 
 
+async def find_requests(
+    connection: AsyncConnection, keys: Sequence[RequestKey]
+) -> dict[tuple[str, str], StoredRequest]:
+    """Return the earlier requests with these ids, by scope and id."""
+    scopes = literal([key.scope for key in keys], ARRAY(Text))
+    ids = literal([key.request_id for key in keys], ARRAY(Text))
+    these = func.unnest(scopes, ids).table_valued("scope", "request_id").render_derived()
+    found = select(
+        ChangeRequest.scope, ChangeRequest.request_id, ChangeRequest.digest, ChangeRequest.answer
+    ).join(
+        these,
+        and_(ChangeRequest.scope == these.c.scope, ChangeRequest.request_id == these.c.request_id),
+    )
+    return {
+        (row.scope, row.request_id): StoredRequest(row.digest, row.answer)
+        for row in await connection.execute(found)
+    }
+
+
+async def add_requests(
+    connection: AsyncConnection,
+    requests: Sequence[tuple[RequestKey, bytes, bytes, str | None, str | None]],
+) -> None:
+    """Store requests with their digests, answers, owners and keys of recipients.
+
+    One whose id is stored already is left out.
+    """
+    rows = [
+        {
+            "scope": key.scope,
+            "request_id": key.request_id,
+            "digest": digest,
+            "answer": answer,
+            "user_id": owner,
+            "address_key": address_key,
+        }
+        for key, digest, answer, owner, address_key in requests
+    ]
+    await connection.execute(insert(ChangeRequest).on_conflict_do_nothing(), rows)
+
+
 async def store_answer(
     connection: AsyncConnection,
     key: RequestKey,
@@ -145,24 +190,26 @@ async def remove_events(connection: AsyncConnection, older_than: timedelta, limi
 async def remove_surplus_events(connection: AsyncConnection, most: int, limit: int) -> int:
     """Remove the oldest events of an actor that changed a user's data more than `most` times.
 
-    Each actor has a share of its own, so that no user can push out what an operator did. Return how
-    many were removed.
+    Each actor has a share of its own, so that no user can push out what an operator did. So have
+    accepted batches: a program that schedules each mail alone does not push out rare changes.
+    Return how many were removed.
     """
-    share = AuditEvent.user_id, AuditEvent.actor
+    accepted = AuditEvent.action.in_(sorted(ACCEPTING))
+    share = AuditEvent.user_id, AuditEvent.actor, accepted
     return await _remove_surplus(connection, AuditEvent, share, AuditEvent.happened_at, most, limit)
 
 
 async def _remove_surplus(  # noqa: PLR0917 - two tables with their own columns
     connection: AsyncConnection,
     table: type[ChangeRequest | AuditEvent],
-    share: Sequence[InstrumentedAttribute[Any]],
+    share: Sequence[ColumnElement[Any] | InstrumentedAttribute[Any]],
     time: InstrumentedAttribute[datetime],
     most: int,
     limit: int,
 ) -> int:
     """Remove the oldest rows of one share that has more than `most`.
 
-    Rows with equal values of the columns `share` are one. Rows without the first have none.
+    Rows with equal values of `share` are one. Rows without the first have none.
     """
     crowded = select(*share).where(share[0].is_not(None))
     crowded = crowded.group_by(*share).having(func.count() > most)

@@ -13,12 +13,14 @@ from sqlalchemy import func, select
 from outbox_server.services.scheduler.storage.batches import BatchRecord
 from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
+    FinishedBatch,
     IntakeCounts,
     IntakeSender,
     IntakeStore,
     IntakeTransaction,
 )
 from outbox_server.services.scheduler.storage.spreading import Spread
+from outbox_server.shared.database.audit_events import RecordedChange
 from outbox_server.shared.database.counts import JobCounts
 from outbox_server.shared.database.models import Sender
 from outbox_server.shared.intake.batch_options import BatchOptions
@@ -85,7 +87,7 @@ class CheckTransaction(IntakeTransaction):
         request_hash: bytes,  # noqa: ARG002
         quotas: UserQuotas,
         row_labels: bool = False,  # noqa: ARG002
-    ) -> int | None:
+    ) -> FinishedBatch | None:
         """Check what an intake checks at its end.
 
         Raises:
@@ -97,7 +99,10 @@ class CheckTransaction(IntakeTransaction):
         if (await self._connection.execute(there)).one_or_none() is None:
             return None
         room = await room_for_rejections(self._connection, sender.user_id, quotas)
-        return max(counts.rejected - room, 0)
+        return FinishedBatch(counts, max(counts.rejected - room, 0))
+
+    async def record(self, change: RecordedChange) -> None:
+        """Do nothing: nothing has changed."""
 
 
 def unstored_batch(

@@ -39,6 +39,7 @@ from outbox_server.services.scheduler.storage.intake import (
     request_lock,
 )
 from outbox_server.services.scheduler.storage.suppressions import suppression_lock
+from outbox_server.shared.database.audit_events import RecordedChange, change_values
 from outbox_server.shared.database.count_deltas import counting_accepted
 from outbox_server.shared.database.counts import MOST_OPEN_COUNTS
 from outbox_server.shared.database.erased_keys import erased_key
@@ -48,7 +49,14 @@ from outbox_server.shared.database.frequent import (
     named_rows,
     transaction_on,
 )
-from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression, UserRow
+from outbox_server.shared.database.models import (
+    AuditEvent,
+    Batch,
+    EmailJob,
+    Sender,
+    Suppression,
+    UserRow,
+)
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS, quotas_of, user_lock
@@ -90,10 +98,12 @@ class OpenJobs:
 
 @dataclass(frozen=True, slots=True)
 class GroupedBatch:
-    """A batch to write: the values of its row, and of those of its jobs."""
+    """A batch to write: the values of its row and of those of its jobs, and its event."""
 
     values: Mapping[str, Any]
     jobs: Sequence[Mapping[str, Any]]
+    # The event of the audit log.
+    change: RecordedChange
 
 
 def _calls(*names: str) -> Any:
@@ -163,13 +173,14 @@ def _records(name: str, table: Any, columns: Sequence[str]) -> Any:
 
 
 def _write_statement() -> Any:
-    """Return the statement that writes batches and their jobs.
+    """Return the statement that writes batches and their jobs, and the events of the audit log.
 
     It also counts the jobs, and requests loads of the heads of their senders by markers, which it
     returns.
     """
     batches = _records("batches", Batch, BATCH_COLUMNS)
     jobs = _records("jobs", EmailJob, JOB_COLUMNS)
+    events = _records("events", AuditEvent, EVENT_COLUMNS)
     new = (
         insert(Batch)
         .from_select(BATCH_COLUMNS, select(*batches.c))
@@ -185,6 +196,7 @@ def _write_statement() -> Any:
     return (
         select(marked.c.sender_id, marked.c.id)
         .add_cte(insert(EmailJob).from_select(JOB_COLUMNS, select(*jobs.c)).cte("new_jobs"))
+        .add_cte(insert(AuditEvent).from_select(EVENT_COLUMNS, select(*events.c)).cte("new_events"))
         .add_cte(counting_accepted(filled))
     )
 
@@ -222,6 +234,7 @@ JOB_COLUMNS: Final = (
     *("id", "batch_id", "sender_id", "scheduled_at", "expires_at", "row_number", "recipient"),
     *("recipient_key", "address_key", "variables", "external_id", "external_key", "labels"),
 )
+EVENT_COLUMNS: Final = ("actor", "identity", "reason", "action", "target", "user_id", "after")
 # Built once, because that takes longer than to run them.
 _LOCK: Final = FrequentStatement(_lock_statement())
 _KNOWN: Final = FrequentStatement(_known_statement())
@@ -331,6 +344,7 @@ class GroupTransaction:
         values = {
             "batches": _as_json([batch.values for batch in batches]),
             "jobs": _as_json([job for batch in batches for job in batch.jobs]),
+            "events": _as_json([change_values(batch.change) for batch in batches]),
         }
         return dict(await _WRITE.run(self._driver, values))
 

@@ -42,6 +42,7 @@ from outbox_server.services.scheduler.storage.suppressions import (
     lock_suppressions,
     suppressed_among,
 )
+from outbox_server.shared.database.audit_events import RecordedChange, record_change
 from outbox_server.shared.database.count_deltas import count_accepted
 from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.models import (
@@ -126,6 +127,14 @@ class IntakeCounts:
     rejected: int = 0
     duplicate: int = 0
     suppressed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedBatch:
+    """The final counts of a batch, and how many rejections are above the quota and not stored."""
+
+    counts: IntakeCounts
+    dropped: int
 
 
 def batch_values(
@@ -393,12 +402,12 @@ class IntakeTransaction:
         request_hash: bytes,
         quotas: UserQuotas,
         row_labels: bool = False,
-    ) -> int | None:
+    ) -> FinishedBatch | None:
         """Write the counts and what else is known at the end, such as whether rows have labels.
 
-        Return how many rejections are above the user's quota and were not stored; None if the
-        sender was deleted meanwhile. The locks are taken here and not at the beginning, because an
-        upload may take minutes and must not delay a pause or a suppression, or another batch.
+        Return None if the sender was deleted meanwhile. The locks are taken here and not at the
+        beginning, because an upload may take minutes and must not delay a pause or a suppression,
+        or another batch.
 
         Raises:
             ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
@@ -442,7 +451,11 @@ class IntakeTransaction:
         if counts.accepted:
             await count_accepted(self._connection, sender_id, begun.batch_id, counts.accepted)
             await mark_stale(self._connection, [sender_id])
-        return dropped
+        return FinishedBatch(counts, dropped)
+
+    async def record(self, change: RecordedChange) -> None:
+        """Append an event to the audit log."""
+        await record_change(self._connection, change)
 
     async def _drop_suppressed(self, begun: BegunBatch, user_id: str) -> int:
         """Delete jobs whose addresses were suppressed after `suppressed` ran. Return how many."""

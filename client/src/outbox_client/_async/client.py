@@ -69,6 +69,8 @@ class AsyncClient(AsyncServices):
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
         validate_only: bool = False,
+        identity: str = "",
+        reason: str = "",
     ) -> ScheduleBatchResponse:
         """Schedule a batch of any size, streamed, so that memory does not grow with its size.
 
@@ -85,13 +87,19 @@ class AsyncClient(AsyncServices):
             timeout: in seconds, for all tries together. None means the client's `upload_timeout`.
             validate_only: only check the batch, and get the answer that the upload would get. Only
                 a server with the capability `change.validate_only` does that: others store it.
+            identity: who asks for the batch, for the audit log.
+            reason: why, for the audit log.
 
         Raises:
             CallError: the server refused the batch or did not answer.
             TypeError, ValueError: `rows` is none of these, or mixes kinds.
             OSError: the file cannot be read.
         """
-        first = with_request_id(UploadBatchRequest(options=options, validate_only=validate_only))
+        first = with_request_id(
+            UploadBatchRequest(
+                options=options, validate_only=validate_only, identity=identity, reason=reason
+            )
+        )
         source = source_of(rows)
         limit = self._connection.upload_timeout if timeout is None else timeout
         # Rows that can be read only once cannot be sent again, even if the server permits a retry.
