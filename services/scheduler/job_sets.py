@@ -9,9 +9,10 @@ continues.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Collection
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Final, TypeAlias
@@ -47,6 +48,14 @@ _WrittenPart: TypeAlias = Callable[[AsyncConnection], Awaitable[int | None]]
 _Part: TypeAlias = Callable[[AsyncConnection, JobFilter, JobPosition], Awaitable[ChangedJobs]]
 # Records a part that has changed jobs, in its transaction.
 Record: TypeAlias = Callable[[AsyncConnection, ChangedJobs], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RetriedJobs:
+    """How many jobs wait again, and how many others were meant."""
+
+    jobs: int
+    skipped: int
 
 
 class JobSets:
@@ -115,6 +124,24 @@ class JobSets:
         change = SetChange(JobChangeKind.RETRY, quotas=self._quotas)
         return await self._change(change, which, after, record, count_only=count_only)
 
+    async def retry_all(
+        self, which: JobFilter, job_ids: Sequence[int] | None, record: Record
+    ) -> RetriedJobs:
+        """Do the same without an end after a second: all parts are for this call.
+
+        `job_ids` restricts it to some jobs.
+
+        Raises:
+            ResourceExhausted: USER_WAITING_JOBS_EXCEEDED. Earlier parts stay changed.
+        """
+        count = partial(storage.count_meant, which=which, job_ids=job_ids)
+        meant = await in_transaction(self._engine, count)
+        change = SetChange(JobChangeKind.RETRY, quotas=self._quotas, job_ids=job_ids)
+        done = await self._change(
+            change, which, which.start, record, count_only=False, time_s=math.inf
+        )
+        return RetriedJobs(done.jobs, max(meant - done.jobs, 0))
+
     async def reschedule(
         self,
         which: JobFilter,
@@ -136,16 +163,22 @@ class JobSets:
         record: Record,
         *,
         count_only: bool,
+        time_s: float = _TIME_S,
     ) -> ChangedJobs:
         which = replace(which, tree=both(which.tree, FieldTest("state", "=", int(change.state))))
         one = storage.count_part if count_only else storage.change_part
         part = partial(one, change=change)
-        return await self._in_parts(part, which, after, record)
+        return await self._in_parts(part, which, after, record, time_s)
 
     async def _in_parts(
-        self, part: _Part, which: JobFilter, after: JobPosition, record: Record
+        self,
+        part: _Part,
+        which: JobFilter,
+        after: JobPosition,
+        record: Record,
+        time_s: float = _TIME_S,
     ) -> ChangedJobs:
-        until = time.monotonic() + _TIME_S
+        until = time.monotonic() + time_s
         jobs, senders = 0, frozenset[int]()
         position: JobPosition | None = after
         while position is not None:

@@ -40,6 +40,7 @@ from outbox_server.services.scheduler.servicers.email_job_events import EmailJob
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
 from outbox_server.services.scheduler.servicers.exporting import JobExporter
 from outbox_server.services.scheduler.servicers.holds import HoldServicer
+from outbox_server.services.scheduler.servicers.job_cancelling import JobCanceller
 from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
 from outbox_server.services.scheduler.servicers.users import UserServicer
@@ -228,6 +229,9 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                     changes=changes,
                     sweeper=sweeper,
                     sets=sets,
+                    canceller=_open_canceller(
+                        stack, engine, changes, loads.load, previewer.installation_id
+                    ),
                     watch=watch,
                     imports=imports,
                     previewer=previewer,
@@ -283,6 +287,18 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         )
 
 
+def _open_canceller(
+    stack: AsyncExitStack,
+    engine: AsyncEngine,
+    changes: Changes,
+    load: Callable[[int], Awaitable[bool]],
+    read_installation_id: Callable[[], Awaitable[str]],
+) -> JobCanceller:
+    canceller = JobCanceller(engine, changes, load, read_installation_id)
+    stack.push_async_callback(canceller.close)
+    return canceller
+
+
 def _intake(
     settings: Settings,
     engine: AsyncEngine,
@@ -327,6 +343,7 @@ def _services(
     changes: Changes,
     sweeper: Sweeper,
     sets: JobSets,
+    canceller: JobCanceller,
     watch: Watch[BatchRecord],
     imports: ImportReader,
     previewer: Previewer,
@@ -357,6 +374,7 @@ def _services(
         quotas,
         changes=changes,
         sets=sets,
+        canceller=canceller,
         exporter=JobExporter(engine, export_reads),
         previewer=previewer,
     )

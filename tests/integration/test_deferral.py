@@ -13,11 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
-from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry_failed
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 from tests.dispatchers import options, settings_of
 from tests.marked_jobs import mark_refs, raw
+from tests.retrying import retry_failed
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -111,9 +111,7 @@ async def test_a_retry_of_a_job_that_failed_while_deferred_restarts_its_deferral
     await attempt(connection, job, 2, deferred=True, state=JobState.FAILED)
     assert await since(world, job) is not None
 
-    retried = await retry_failed(world.engine, FailedJobs("anna", sender_id=sender))
-
-    assert retried.jobs == 1
+    assert await retry_failed(world.engine, "sender_id", sender) == 1
     assert await since(world, job) is None
     assert (await attempt(connection, job, 3)).deferred_for is None
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from psycopg.rows import tuple_row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry_failed
+from outbox_server.services.scheduler.storage import job_sets
 from outbox_server.shared.audit.recount import stats_mismatch
 from outbox_server.shared.audit.storage import count_missing, read_totals
 from outbox_server.shared.database.counts import batch_counts, sender_counts
@@ -28,6 +28,7 @@ from outbox_server.shared.retention.storage import OldRows
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import FINAL_STATES, PURGEABLE, AttemptOutcome, JobState
 from tests.eventually import eventually
+from tests.retrying import retry_failed
 from tests.stats_stack import stats_server
 
 T = TypeVar("T")
@@ -297,18 +298,21 @@ def test_only_old_finished_jobs_are_removed_and_no_reader_notices(
 OLD_FAILURES = PastBatch(90, tuple(PastJob(JobState.FAILED, 80, (80,)) for _ in range(300)))
 
 
-async def test_jobs_that_are_retried_during_a_removal_are_not_lost(database_url: str) -> None:
+async def test_jobs_that_are_retried_during_a_removal_are_not_lost(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_sets, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(job_sets, "BLOCK_JOBS", 1)
     installation = Installation(database_url)
     await asyncio.to_thread(installation.write, [OLD_FAILURES])
     (batch_id,) = installation.batches
 
     async def work(engine: AsyncEngine) -> tuple[int, int]:
         purger = Purger(engine, timedelta(hours=24), chunk=10)
-        which = FailedJobs(user_id="ann", batch_id=batch_id)
         async with asyncio.TaskGroup() as group:
             removing = group.create_task(purger.purge_once())
-            retrying = group.create_task(retry_failed(engine, which, chunk=7))
-        return removing.result().jobs, retrying.result().jobs
+            retrying = group.create_task(retry_failed(engine, "batch_id", batch_id))
+        return removing.result().jobs, retrying.result()
 
     removed, retried = await _on(database_url, work)
     assert removed + retried == 300

@@ -21,9 +21,8 @@ from outbox.v1.email_job_service_pb2 import (
 )
 
 from outbox_server.services.scheduler import job_sets
-from outbox_server.services.scheduler.servicers import email_jobs
 from outbox_server.services.scheduler.storage import job_sets as storage
-from outbox_server.services.scheduler.storage import reopening
+from outbox_server.shared.heads.coalescing import ShardLoads
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 ROWS = "email\n" + "".join(f"user{number}@b.org\n" for number in range(4))
@@ -41,7 +40,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_ROWS_AT_ONCE", 2)
     # So that a part may end within a block.
     monkeypatch.setattr(storage, "BLOCK_JOBS", 1)
-    monkeypatch.setattr(reopening.retry_failed, "__defaults__", (2,))
 
 
 async def events(scheduler: Scheduler, action: str) -> list[tuple[str, str, Any]]:
@@ -99,7 +97,7 @@ async def test_a_change_in_parts_is_recorded_for_the_owner_whom_the_caller_need_
     assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 3
     target = f"senders/{sender.sender_id}"
     assert await events(scheduler, "RetryEmailJobs") == [
-        ("ann", target, {"retried_count": count, "state": "SCHEDULED"}) for count in (2.0, 1.0)
+        ("ann", target, {"count": count, "state": "SCHEDULED"}) for count in (2.0, 1.0)
     ]
     # Nothing is left to do, and nothing is recorded.
     assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 0
@@ -119,8 +117,11 @@ async def test_a_change_that_is_interrupted_after_a_commit_is_in_the_audit_log(
     async def interrupted(*_: object, **__: object) -> None:
         raise RuntimeError("as if the process were killed here")
 
-    for module in (email_jobs, job_sets):
-        monkeypatch.setattr(module, "load_soon", interrupted)
+    def not_begun(*_: object) -> None:
+        raise RuntimeError("as if the process were killed here")
+
+    monkeypatch.setattr(ShardLoads, "_begin", not_begun)
+    monkeypatch.setattr(job_sets, "load_soon", interrupted)
     jobs = scheduler.jobs
     requests: dict[str, tuple[Any, Message]] = {
         "job": (jobs.CancelEmailJob, CancelEmailJobRequest(email_job_id=job)),

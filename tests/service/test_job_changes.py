@@ -387,6 +387,75 @@ async def test_retries_that_are_not_written_count_for_the_quota_and_end_with_the
         await world.check_counts()
 
 
+@pytest.mark.usefixtures("unwritten")
+async def test_a_job_whose_retry_is_not_written_is_neither_retried_twice_nor_lost_to_a_cancel(
+    scheduler: Scheduler, world: World
+) -> None:
+    batch = await schedule(scheduler, 90)
+    await fail(world, batch)
+
+    async def retry(**fields: Any) -> tuple[int, int]:
+        answer = await scheduler.jobs.RetryEmailJobs(RetryEmailJobsRequest(**fields))
+        assert not answer.next_page_token
+        return answer.retried_count, answer.skipped_count
+
+    assert await retry(batch_id=batch, filter="row_number <= 70") == (70, 0)
+    ids = [job.email_job_id for job in await jobs_of(scheduler, batch)]
+    # A stored retry is the one retry of its jobs, however they are named.
+    assert await retry(user_id="ann", email_job_ids=ids[:1]) == (0, 1)
+    assert await retry(user_id="ann", email_job_ids=[ids[1], ids[80]]) == (1, 1)
+    assert await retry(batch_id=batch) == (19, 71)
+    assert await retry(sender_id=str(scheduler.value("SELECT id FROM senders"))) == (0, 90)
+
+    # Whoever cancels a job that will be sent again can rely on the answer.
+    cancel = [CancelEmailJobRequest(email_job_id=job, identity="ann") for job in ids[:2]]
+    for job in await asyncio.gather(*map(scheduler.jobs.CancelEmailJob, cancel)):
+        assert job.state == CANCELLED
+    await write(world)
+    assert rows_of(scheduler, batch) == [CANCELLED] * 2 + [SCHEDULED] * 88
+    # No other retry is left.
+    assert not scheduler.rows("SELECT 1 FROM job_changes")
+
+
+async def test_hundreds_of_concurrent_cancellations_share_a_few_transactions(
+    scheduler: Scheduler, world: World
+) -> None:
+    batches = [await schedule(scheduler, rows, user) for rows, user in ((1, "ann"), (1, "bob"))]
+    await fail(world, batches[0])
+    batches.append(await schedule(scheduler, 340))
+    [[failed], [his], hers] = [
+        [job.email_job_id for job in await jobs_of(scheduler, batch)] for batch in batches
+    ]
+
+    async def outcome(job: str, **fields: Any) -> str:
+        request = CancelEmailJobRequest(email_job_id=job, user_id="ann", identity=job, **fields)
+        call = asyncio.ensure_future(scheduler.jobs.CancelEmailJob(request))
+        await asyncio.wait([call])
+        return (await refusal_of(call)).reason if call.exception() else ""
+
+    twice = {"request_id": "twice"}
+    answers = await asyncio.gather(
+        *map(outcome, hers[:-2]),
+        # The same job, jobs that it is too late for, or that are not hers, and one request_id.
+        *map(outcome, (hers[0], failed, his, "77")),
+        *(outcome(job, **twice) for job in (hers[-2], hers[-2], hers[-1])),
+    )
+    assert answers[:339] == [""] * 339
+    assert answers[339:-3] == ["TOO_LATE_TO_CANCEL", *["EMAIL_JOB_NOT_FOUND"] * 2]
+    # The first call with the id counts, and that which says the same.
+    reused = answers.count("REQUEST_ID_REUSED")
+    assert (reused, answers[-3:].count("")) in ((1, 2), (2, 1))
+    cancelled = scheduler.rows("SELECT id::text FROM email_jobs WHERE state = 6 ORDER BY id")
+    assert len(cancelled) == 339
+    events = scheduler.rows(
+        "SELECT target, identity FROM audit_events WHERE action = 'CancelEmailJob'"
+    )
+    assert sorted(events) == sorted((f"email-jobs/{job}", job) for (job,) in cancelled)
+    # A statement has one time, so a group has one.
+    assert scheduler.value("SELECT count(DISTINCT finished_at) FROM email_jobs") < 30
+    await eventually(lambda: not scheduler.rows("SELECT 1 FROM head_markers"))
+
+
 async def test_a_sender_has_a_limited_number_of_changes_that_are_not_written(
     scheduler: Scheduler, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

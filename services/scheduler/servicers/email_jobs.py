@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.previewing import Previewer
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user
 from outbox_server.services.scheduler.servicers.exporting import JobExporter
 from outbox_server.services.scheduler.servicers.filtered_jobs import (
     audited_time,
@@ -24,7 +24,9 @@ from outbox_server.services.scheduler.servicers.filtered_jobs import (
     new_time,
 )
 from outbox_server.services.scheduler.servicers.job_audit import JobEvents
+from outbox_server.services.scheduler.servicers.job_cancelling import JobCanceller
 from outbox_server.services.scheduler.servicers.job_mapping import (
+    changed_job,
     to_attempt,
     to_explanation,
     to_job,
@@ -32,16 +34,12 @@ from outbox_server.services.scheduler.servicers.job_mapping import (
 from outbox_server.services.scheduler.servicers.preview_mapping import to_mail
 from outbox_server.services.scheduler.storage import email_jobs as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
-from outbox_server.services.scheduler.storage.cancelling import end_waiting, lock_batches
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord
 from outbox_server.services.scheduler.storage.reopening import (
-    FailedJobs,
     keeping_quota,
     lock_sendable,
     resolve,
-    retry_failed,
 )
-from outbox_server.shared import bounds
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.ownership import bind_call
@@ -52,8 +50,6 @@ from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
-# A cancellation is repeated if the job returns from a failed attempt meanwhile.
-_TRIES: Final = 5
 _RESOLUTIONS: Final = {
     email_job_service_pb2.UNCERTAIN_RESOLUTION_SENT: JobState.SENT,
     email_job_service_pb2.UNCERTAIN_RESOLUTION_RESEND: JobState.SCHEDULED,
@@ -75,12 +71,14 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         *,
         changes: Changes,
         sets: JobSets,
+        canceller: JobCanceller,
         exporter: JobExporter,
         previewer: Previewer,
     ) -> None:
         """`quotas` are the defaults, for users without overrides."""
         self._changes = changes
         self._sets = sets
+        self._canceller = canceller
         self._exporter = exporter
         self._previewer = previewer
         self._quotas = quotas
@@ -155,44 +153,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         context: Context,
     ) -> email_job_pb2.EmailJob:
         """Cancel a waiting job."""
-        user_id = acting_user(request.user_id)
-        job_id = parse_id(request.email_job_id, "email_job_id")
-
-        async def cancel(connection: AsyncConnection) -> tuple[int, JobRecord | None]:
-            this = storage.is_job_of(job_id, user_id)
-            await lock_batches(connection, storage.is_batch_of(this))
-            moved = await end_waiting(connection, this, JobState.CANCELLED)
-            job = await storage.read_job(connection, job_id, user_id)
-            if moved.jobs and job is not None:
-                # Not kept, as in `decide`. The event names no Message-ID.
-                answer = to_job(job, self._installation_id or await installation_id(connection))
-                made = _made(answer, JobState.SCHEDULED)
-                await self._changes.record_part(connection, request, made)
-            return moved.jobs, job
-
-        async def until_final() -> Made[email_job_pb2.EmailJob]:
-            state = JobState.SCHEDULED
-            for _ in range(_TRIES):
-                moved, job = await in_transaction(self._engine, cancel)
-                if job is None:
-                    raise not_found("email_job_id", request.email_job_id)
-                if moved:
-                    await load_soon(self._loader, [job.sender_id])
-                state = job.state
-                if state is JobState.CANCELLED:
-                    answer = to_job(job, await self._installation())
-                    return _made(answer, JobState.SCHEDULED, changed=False)
-                if state is not JobState.SCHEDULED:
-                    break
-            raise FailedPrecondition(
-                f"only a SCHEDULED job can be cancelled; this job is {state.name}",
-                reason="TOO_LATE_TO_CANCEL",
-                metadata={"email_job_id": request.email_job_id, "state": state.name},
-            )
-
-        return await self._changes.make_in_parts(
-            request, user_id, email_job_pb2.EmailJob, until_final
-        )
+        return await self._canceller.cancel(request)
 
     async def RetryEmailJobs(
         self,
@@ -200,38 +161,23 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         context: Context,
     ) -> email_job_service_pb2.RetryEmailJobsResponse:
         """Schedule failed jobs again."""
-        if request.filter or request.validate_only or request.page_token:
-            return await self._retry_set(request)
-        narrowed = bool(request.sender_id or request.batch_id)
-        user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
-        which = _failed(request, user_id)
-        if which is None:
-            return email_job_service_pb2.RetryEmailJobsResponse()
-
-        events = JobEvents(self._changes, request, user_id, _RETRIED, was=JobState.FAILED)
-
-        async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
-            retried = await retry_failed(
-                self._engine, which, quotas=self._quotas, record=events.record_retried
-            )
-            if retried.jobs:
-                await load_soon(self._loader, retried.sender_ids)
-            answer = email_job_service_pb2.RetryEmailJobsResponse(
-                retried_count=retried.jobs, skipped_count=retried.skipped
-            )
-            return events.made(answer)
-
-        return await self._changes.make_in_parts(
-            request, user_id, email_job_service_pb2.RetryEmailJobsResponse, retry
+        in_parts = bool(request.filter or request.validate_only or request.page_token)
+        which, part = changed_jobs(
+            request,
+            "retry",
+            partial(_check_ids, request, allowed=not in_parts),
+            ids="email_job_ids",
         )
-
-    async def _retry_set(
-        self, request: email_job_service_pb2.RetryEmailJobsRequest
-    ) -> email_job_service_pb2.RetryEmailJobsResponse:
-        which, part = changed_jobs(request, "retry", lambda: _check_no_ids(request))
         events = JobEvents(self._changes, request, which.user_id, _RETRIED, was=JobState.FAILED)
 
         async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
+            if not in_parts:
+                retried = await self._sets.retry_all(which, _named_ids(request), events.record)
+                return events.made(
+                    email_job_service_pb2.RetryEmailJobsResponse(
+                        retried_count=retried.jobs, skipped_count=retried.skipped
+                    )
+                )
             done = await self._sets.retry(
                 which, part.after, events.record, count_only=request.validate_only
             )
@@ -330,7 +276,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             # In this transaction, so not kept: it may be rolled back.
             installation = self._installation_id or await installation_id(connection)
             return replace(
-                _made(to_job(job, installation), JobState.UNCERTAIN),
+                changed_job(to_job(job, installation), JobState.UNCERTAIN),
                 afterwards=partial(load_soon, self._loader, [job.sender_id]),
             )
 
@@ -398,23 +344,8 @@ async def _resend(connection: AsyncConnection, job: JobRecord) -> bool:
     return await resolve(connection, job.job_id, JobState.SCHEDULED)
 
 
-def _made(
-    answer: email_job_pb2.EmailJob, was: JobState, *, changed: bool = True
-) -> Made[email_job_pb2.EmailJob]:
-    """Return what the audit log learns of a job whose state a call has changed."""
-    return Made(
-        answer,
-        f"email-jobs/{answer.email_job_id}",
-        answer.user_id,
-        before={"state": was.name},
-        after={"state": JobState(answer.state).name},
-        address=answer.recipient,
-        changed=changed,
-    )
-
-
-def _check_no_ids(request: email_job_service_pb2.RetryEmailJobsRequest) -> None:
-    if request.email_job_ids:
+def _check_ids(request: email_job_service_pb2.RetryEmailJobsRequest, *, allowed: bool) -> None:
+    if request.email_job_ids and not allowed:
         raise InvalidInput.field(
             "email_job_ids",
             "cannot be combined with `filter` and `validate_only`",
@@ -422,32 +353,12 @@ def _check_no_ids(request: email_job_service_pb2.RetryEmailJobsRequest) -> None:
         )
 
 
-def _failed(
-    request: email_job_service_pb2.RetryEmailJobsRequest, user_id: str | None
-) -> FailedJobs | None:
-    """Return the failed jobs of the request. None means that no job can match."""
-    if not (request.batch_id or request.sender_id or request.email_job_ids):
-        raise InvalidInput.field(
-            "batch_id",
-            "one of `filter`, `batch_id`, `sender_id` and `email_job_ids` must be set",
-            reason="FILTER_REQUIRED",
-        )
-    if len(request.email_job_ids) > bounds.MAX_RETRIED_IDS:
-        raise InvalidInput.field(
-            "email_job_ids",
-            f"must have at most {bounds.MAX_RETRIED_IDS:,} ids "
-            f"(got {len(request.email_job_ids):,}); for a whole batch use `batch_id`",
-            reason="TOO_MANY_IDS",
-        )
-    try:
-        batch_id = parse_id(request.batch_id, "batch_id") if request.batch_id else None
-        sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
-    except NotFound:
+def _named_ids(request: email_job_service_pb2.RetryEmailJobsRequest) -> Sequence[int] | None:
+    """Return the jobs that the request names; None means any. Other texts are no ids of jobs."""
+    if not request.email_job_ids:
         return None
-    ids = None
-    if request.email_job_ids:
-        ids = []
-        for text in request.email_job_ids:
-            with suppress(NotFound):
-                ids.append(parse_id(text, "email_job_ids"))
-    return FailedJobs(user_id=user_id, batch_id=batch_id, sender_id=sender_id, job_ids=ids)
+    ids = []
+    for text in request.email_job_ids:
+        with suppress(NotFound):
+            ids.append(parse_id(text, "email_job_ids"))
+    return ids

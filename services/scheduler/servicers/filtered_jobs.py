@@ -123,11 +123,16 @@ class SetPart:
 
 
 def changed_jobs(
-    request: JobSetRequest, method: str, check_more: Callable[[], object] = lambda: None
+    request: JobSetRequest,
+    method: str,
+    check_more: Callable[[], object] = lambda: None,
+    *,
+    ids: str = "",
 ) -> tuple[JobFilter, SetPart]:
     """Return which jobs the request changes, and where it begins.
 
-    `check_more` checks other fields, whose errors are raised with those found here.
+    `check_more` checks other fields, whose errors are raised with those found here. `ids` names the
+    field with ids of jobs, which may stand alone.
 
     Raises:
         InvalidInput: FILTER_REQUIRED, FILTER_INVALID, PAGE_TOKEN_INVALID, USER_ID_REQUIRED.
@@ -138,12 +143,13 @@ def changed_jobs(
         check_more()
     wrong.raise_any()
     user_id = acting_user(request.user_id) if is_narrowed(tree) else named_user(request.user_id)
-    if tree is None:
-        raise InvalidInput.field(
-            "filter",
-            "one of `filter`, `batch_id` and `sender_id` must be set",
-            reason="FILTER_REQUIRED",
+    if tree is None and not (ids and getattr(request, ids)):
+        names = (
+            f"`filter`, `batch_id`, `sender_id` and `{ids}`"
+            if ids
+            else ("`filter`, `batch_id` and `sender_id`")
         )
+        raise InvalidInput.field("filter", f"one of {names} must be set", reason="FILTER_REQUIRED")
     which = JobFilter(user_id, tree)
     digest = page_tokens.digest_filters(
         method, user_id, request.sender_id, request.batch_id, request.filter, request.validate_only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
@@ -11,7 +11,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.servicers.filtered_jobs import JobsRequest
 from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, owner_of_senders
-from outbox_server.services.scheduler.storage.reopening import ReopenedJobs
 from outbox_server.shared.states import JobState
 
 M = TypeVar("M", bound=Message)
@@ -42,27 +41,18 @@ class JobEvents:
 
     async def record(self, connection: AsyncConnection, done: ChangedJobs) -> None:
         """Record a part of a set of jobs."""
-        await self._record(connection, done.sender_ids, "count", done.jobs)
-
-    async def record_retried(self, connection: AsyncConnection, done: ReopenedJobs) -> None:
-        """Record a part of the failed jobs that wait again."""
-        await self._record(connection, [done.sender_id], "retried_count", done.jobs)
-
-    def made(self, answer: M) -> Made[M]:
-        """Return the whole change, whose parts are recorded."""
-        return Made(answer, self._target, self.owner, changed=False)
-
-    async def _record(
-        self, connection: AsyncConnection, sender_ids: Collection[int], name: str, jobs: int
-    ) -> None:
         if self.owner is None:
-            self.owner = await owner_of_senders(connection, sender_ids)
-        after: dict[str, Any] = {**self._became, name: jobs}
+            self.owner = await owner_of_senders(connection, done.sender_ids)
+        after: dict[str, Any] = {**self._became, "count": done.jobs}
         if self._jobs.filter:
             after["filter"] = self._jobs.filter
         before = {"state": self._was.name}
         part = Made(self._request, self._target, self.owner, before=before, after=after)
         await self._changes.record_part(connection, self._request, part)
+
+    def made(self, answer: M) -> Made[M]:
+        """Return the whole change, whose parts are recorded."""
+        return Made(answer, self._target, self.owner, changed=False)
 
     @property
     def _jobs(self) -> JobsRequest:
@@ -70,6 +60,9 @@ class JobEvents:
 
     @property
     def _target(self) -> str:
+        ids: Sequence[str] = getattr(self._request, "email_job_ids", ())
+        if len(ids) == 1:
+            return f"email-jobs/{ids[0]}"
         if self._jobs.batch_id:
             return f"batches/{self._jobs.batch_id}"
         return f"senders/{self._jobs.sender_id}" if self._jobs.sender_id else ""

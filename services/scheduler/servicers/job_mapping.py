@@ -7,6 +7,7 @@ from typing import Final
 
 from outbox.v1 import email_job_pb2, email_job_service_pb2
 
+from outbox_server.services.scheduler.changes import Made
 from outbox_server.services.scheduler.explainer import ExplainedJob
 from outbox_server.services.scheduler.explaining import WaitReason
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord, PastAttempt
@@ -29,6 +30,21 @@ _REASONS: Final = {
     reason: email_job_service_pb2.WaitReason.Value(f"WAIT_REASON_{reason.name}")
     for reason in WaitReason
 }
+
+
+def changed_job(
+    answer: email_job_pb2.EmailJob, was: JobState, *, changed: bool = True
+) -> Made[email_job_pb2.EmailJob]:
+    """Return what the audit log learns of a job whose state a call has changed."""
+    return Made(
+        answer,
+        f"email-jobs/{answer.email_job_id}",
+        answer.user_id,
+        before={"state": was.name},
+        after={"state": JobState(answer.state).name},
+        address=answer.recipient,
+        changed=changed,
+    )
 
 
 def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:

@@ -6,7 +6,7 @@ A whole batch is cancelled by one row; the rows of its jobs are updated later
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -76,6 +76,27 @@ async def end_waiting(
     return EndedJobs(row.jobs, tuple(row.senders or ()), row.last_id)
 
 
+async def end_unlocked(
+    connection: AsyncConnection, jobs: Mapping[int, int], state: JobState
+) -> Sequence[int]:
+    """Move those of some jobs that wait to a final state, and return them. Wait for no lock.
+
+    `jobs` has the batch of each. Jobs that somebody has locked, or their batches, are left alone.
+    """
+    these = Batch.id == any_(literal(sorted(set(jobs.values())), ARRAY(BigInteger)))
+    # As `lock_batches` does.
+    locked = select(Batch.id).where(these).order_by(Batch.id)
+    found = await connection.scalars(locked.with_for_update(read=True, skip_locked=True))
+    batches = set(found)
+    ids = [job_id for job_id, batch_id in jobs.items() if batch_id in batches]
+    waiting = EmailJob.id == any_(literal(ids, ARRAY(BigInteger)))
+    waiting &= is_now(JobState.SCHEDULED)
+    statement = _statement(
+        waiting, state, func.statement_timestamp(), None, skip_locked=True, ids=True
+    )
+    return (await connection.execute(statement)).one().ids or ()
+
+
 async def lock_batches(connection: AsyncConnection, which: ColumnElement[bool]) -> None:
     """Lock batches against changes of many of their jobs, before some of these are ended.
 
@@ -105,8 +126,12 @@ def _statement(
     *,
     heads: bool = True,
     skip_locked: bool = False,
+    ids: bool = False,
 ) -> Any:
-    """Return the statement that moves jobs and updates the counts, and the markers if `heads`."""
+    """Return the statement that moves jobs and updates the counts, and the markers if `heads`.
+
+    It returns the `ids` of the moved jobs, if they are wanted.
+    """
     # Locked in the order of ids, as settlements lock them, so that there are no deadlocks.
     waiting = (
         select(EmailJob.id)
@@ -138,11 +163,13 @@ def _statement(
     parts = [counting_moves(groups, was=JobState.SCHEDULED, state=state, hour=hour)]
     if heads:
         parts.append(marking_stale(groups))
+    named = [select(func.array_agg(moved.c.id)).scalar_subquery().label("ids")] if ids else []
     return (
         select(
             cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),
             func.array_agg(groups.c.sender_id.distinct()).label("senders"),
             func.coalesce(func.max(groups.c.last_id), 0).label("last_id"),
+            *named,
         )
         .select_from(groups)
         .add_cte(*parts)

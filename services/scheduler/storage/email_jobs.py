@@ -202,6 +202,29 @@ async def read_job(
     return None if row is None else _record(row)
 
 
+async def read_jobs(connection: AsyncConnection, job_ids: Sequence[int]) -> dict[int, JobRecord]:
+    """Return some jobs by their ids, of whatever user."""
+    page = (
+        select(*_JOB, *_OF_BATCH)
+        .join(Batch, Batch.id == EmailJob.batch_id)
+        .where(EmailJob.id == any_(literal(job_ids, ARRAY(BigInteger))))
+        .subquery("page")
+    )
+    return {row.id: _record(row) for row in await connection.execute(_described(page))}
+
+
+async def read_batches_of(
+    connection: AsyncConnection, job_ids: Sequence[int]
+) -> dict[int, tuple[int, str]]:
+    """Return the batch and the user of some jobs, by their ids."""
+    these = EmailJob.id == any_(literal(job_ids, ARRAY(BigInteger)))
+    found = select(EmailJob.id, Batch.id.label("batch_id"), Batch.user_id).join(
+        Batch, Batch.id == EmailJob.batch_id
+    )
+    rows = await connection.execute(found.where(these))
+    return {row.id: (row.batch_id, row.user_id) for row in rows}
+
+
 async def find_only_job(
     connection: AsyncConnection, batch_id: int, user_id: str | None
 ) -> JobRecord | None:
@@ -223,15 +246,7 @@ async def list_jobs(
     walked = await walk_jobs(connection, which, after, limit)
     if not walked.found:
         return [], walked.reached
-    given = literal([job_id for _, job_id in walked.found], ARRAY(BigInteger))
-    page = (
-        select(*_JOB, *_OF_BATCH)
-        .join(Batch, Batch.id == EmailJob.batch_id)
-        .where(EmailJob.id == any_(given))
-        .subquery("page")
-    )
-    rows = await connection.execute(_described(page))
-    records = {row.id: _record(row) for row in rows}
+    records = await read_jobs(connection, [job_id for _, job_id in walked.found])
     return [(place, records[place[1]]) for place in walked.found], walked.reached
 
 

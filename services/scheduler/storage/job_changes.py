@@ -196,10 +196,14 @@ async def oldest_of_users(connection: AsyncConnection) -> Sequence[int]:
     return (await connection.execute(found)).scalars().all()
 
 
-async def write_whole(connection: AsyncConnection, change_id: int) -> None:
-    """Write all rows of a change whose batch this transaction has locked."""
-    while await write_part(connection, change_id) is None:
-        pass
+async def write_whole(connection: AsyncConnection, change_id: int) -> int:
+    """Write all rows of a change whose batch this transaction has locked. Return how many."""
+    jobs = 0
+    ended: int | None = None
+    while ended is None:
+        moved, ended = await _write_next(connection, change_id)
+        jobs += moved
+    return jobs
 
 
 async def write_part(connection: AsyncConnection, change_id: int) -> int | None:
@@ -207,21 +211,26 @@ async def write_part(connection: AsyncConnection, change_id: int) -> int | None:
 
     Return 0 if another process is at it, or nothing is left to do.
     """
+    return (await _write_next(connection, change_id))[1]
+
+
+async def _write_next(connection: AsyncConnection, change_id: int) -> tuple[int, int | None]:
+    """Do the same. Return how many rows were written, too."""
     this = JobChange.id == change_id
     found = (await connection.execute(select(JobChange).where(this))).one_or_none()
     if found is None:
-        return 0
+        return 0, 0
     # Before the change and the rows, as everything that changes a batch and its jobs does. Marks,
     # which lock the batch FOR SHARE, go on while jobs are retried.
     shared = found.kind == JobChangeKind.RETRY
     batch = select(Batch.id).where(Batch.id == found.batch_id)
     locked = batch.with_for_update(read=shared, key_share=not shared, skip_locked=True)
     if await connection.scalar(locked) is None:
-        return 0
+        return 0, 0
     again = select(JobChange).where(this).with_for_update(skip_locked=True)
     change = (await connection.execute(again)).one_or_none()
     if change is None:
-        return 0
+        return 0, 0
     of_this = JobChangeBlock.change_id == change_id
     first = select(JobChangeBlock.block, JobChangeBlock.bits).where(of_this)
     blocks = (
@@ -234,7 +243,7 @@ async def write_part(connection: AsyncConnection, change_id: int) -> int | None:
         await connection.execute(delete(JobChangeBlock).where(of_this, last))
         left = func.greatest(JobChange.n - moved, 0)
         await connection.execute(update(JobChange).where(this).values(n=left))
-        return None
+        return moved, None
     await connection.execute(delete(JobChangeBlock).where(of_this))
     await connection.execute(delete(JobChange).where(this))
     batch_id: int = change.batch_id
@@ -246,7 +255,7 @@ async def write_part(connection: AsyncConnection, change_id: int) -> int | None:
             .values(respreading=_is_held(batch_id))
         )
     await mark_stale(connection, [sender_id])
-    return sender_id
+    return moved or 0, sender_id
 
 
 def _is_held(batch_id: int) -> ColumnElement[bool]:

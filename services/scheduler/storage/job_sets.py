@@ -113,6 +113,8 @@ class SetChange:
     new: NewTime | None = None
     # The default quotas of a user.
     quotas: UserQuotas | None = None
+    # Only these jobs. None means any.
+    job_ids: Sequence[int] | None = None
 
     @property
     def state(self) -> JobState:
@@ -136,12 +138,10 @@ async def count_part(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, change: SetChange
 ) -> ChangedJobs:
     """Count some jobs that match, and change nothing."""
-    rows = await _next_rows(connection, which, after, change.state)
+    rows = await _next_rows(connection, which, after, change)
     if not rows.batch_ids:
         return ChangedJobs(reached=rows.reached)
-    these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
-    active = select(Batch.id).where(these, Batch.state == BatchState.ACTIVE)
-    batch_ids = (await connection.scalars(active)).all()
+    batch_ids = (await connection.scalars(_changeable(rows, change))).all()
     matching = await _matching(connection, which, rows, batch_ids, change.kind)
     counted = select(func.count()).select_from(matching.subquery())
     return ChangedJobs(await connection.scalar(counted) or 0, reached=rows.reached)
@@ -155,7 +155,7 @@ async def change_part(
     Raises:
         ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
     """
-    rows = await _next_rows(connection, which, after, change.state)
+    rows = await _next_rows(connection, which, after, change)
     earlier = await _unwritten_before(connection, which, after, rows, change.kind)
     if earlier:
         return ChangedJobs(0, earlier, after, waits=True)
@@ -176,8 +176,8 @@ async def change_part(
         quotas = await read_quotas(connection, found[0].user_id, change.quotas)
         await check_waiting_jobs(connection, found[0].user_id, jobs, quotas, added=True)
     if jobs <= _WRITTEN_WITH_THE_CHANGE:
-        for each in stored:
-            await job_changes.write_whole(connection, each.change_id)
+        # Retention may have removed some of the jobs since they were found.
+        jobs = sum([await job_changes.write_whole(connection, each.change_id) for each in stored])
     elif change.kind is not JobChangeKind.RETRY:
         await job_changes.hold_batches(connection, stored)
     senders = frozenset(each.sender_id for each in stored)
@@ -186,15 +186,26 @@ async def change_part(
     return ChangedJobs(jobs, senders, rows.reached)
 
 
-async def _lock_active(connection: AsyncConnection, rows: _Rows, change: SetChange) -> Any:
-    """Lock the batches that are not cancelled, and for a retry their owner."""
+def _changeable(rows: _Rows, change: SetChange) -> Any:
+    """Return the statement that reads the batches whose jobs can be changed, with their owners."""
     these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
+    found: Any = select(Batch.id, Batch.user_id)
+    found = found.where(these, Batch.state == BatchState.ACTIVE)
+    if change.kind is JobChangeKind.RETRY:
+        # No mail of a deleted sender is sent again. The others have no batch with waiting jobs.
+        sender = select(Sender.id).where(Sender.id == Batch.sender_id, Sender.deleted_at.is_(None))
+        found = found.where(sender.correlate(Batch).exists())
+    return found
+
+
+async def _lock_active(connection: AsyncConnection, rows: _Rows, change: SetChange) -> Any:
+    """Lock the batches whose jobs can be changed, and for a retry their owner."""
     if change.quotas is not None:
+        these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
         owner = await connection.execute(select(Batch.user_id).where(these).limit(1))
         await lock_user(connection, owner.scalar_one())
     # Waits for the marks under way. In the order of ids, so that there are no deadlocks.
-    batches = select(Batch.id, Batch.user_id).where(these, Batch.state == BatchState.ACTIVE)
-    locked = batches.order_by(Batch.id).with_for_update(key_share=True)
+    locked = _changeable(rows, change).order_by(Batch.id).with_for_update(key_share=True, of=Batch)
     return (await connection.execute(locked)).all()
 
 
@@ -252,11 +263,14 @@ async def _waits_for_times(
 
 
 async def _next_rows(
-    connection: AsyncConnection, which: JobFilter, after: JobPosition, state: JobState
+    connection: AsyncConnection, which: JobFilter, after: JobPosition, change: SetChange
 ) -> _Rows:
     """Return the next rows to look at."""
+    state = change.state
     if not which.states:
         return _Rows((), frozenset(), false(), None)
+    if change.job_ids is not None:
+        return await _named_rows(connection, which, change.job_ids)
     if any(required_value(which.tree, field)[0] for field in ("recipient", "external_id")):
         return await _few_rows(connection, which, after)
     after = await skip_older(connection, which, after)
@@ -325,6 +339,31 @@ async def _end_of_part(
     jobs = jobs.order_by(EmailJob.batch_id, EmailJob.id)
     last = await connection.scalar(jobs.offset(_ROWS_AT_ONCE - 1).limit(1))
     return None if last is None else last | (BLOCK_JOBS - 1)
+
+
+async def _named_rows(
+    connection: AsyncConnection, which: JobFilter, job_ids: Sequence[int]
+) -> _Rows:
+    these = EmailJob.id == any_(literal(job_ids, ARRAY(BigInteger)))
+    batches: Any = select(Batch.id, Batch.sender_id)
+    batches = batches.where(Batch.id.in_(select(EmailJob.batch_id).where(these)))
+    found = (await connection.execute(which.owned(batches))).all()
+    return _Rows([row.id for row in found], frozenset(row.sender_id for row in found), these, None)
+
+
+async def count_meant(
+    connection: AsyncConnection, which: JobFilter, job_ids: Sequence[int] | None
+) -> int:
+    """Count the jobs of some batches, or some of them by their ids, in any state."""
+    if job_ids is None:
+        # The number of a batch was stored by its intake.
+        total = func.coalesce(func.sum(Batch.accepted_count), 0)
+        return int(await connection.scalar(which.owned(select(total))) or 0)
+    these = EmailJob.id == any_(literal(job_ids, ARRAY(BigInteger)))
+    batches = which.owned(select(Batch.id).where(Batch.id == EmailJob.batch_id))
+    counted = select(func.count()).select_from(EmailJob)
+    counted = counted.where(these, batches.correlate(EmailJob).exists())
+    return int(await connection.scalar(counted) or 0)
 
 
 async def _few_rows(connection: AsyncConnection, which: JobFilter, after: JobPosition) -> _Rows:
