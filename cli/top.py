@@ -26,6 +26,7 @@ from outbox.v1.sender_service_pb2 import (
     PauseSenderRequest,
     ResumeSenderRequest,
 )
+from outbox.v1.server_service_pb2 import GetServerInfoRequest
 from outbox.v1.stats_pb2 import EndpointStats, SenderStats
 from outbox.v1.stats_service_pb2 import GetSenderStatsRequest, ListEndpointStatsRequest
 from outbox_client import CallError, Client, InvalidArgument, PermissionDenied, Unauthenticated
@@ -92,7 +93,8 @@ def top(
 
     Keys: up and down select a sender; p pauses it, r resumes it, and e explains
     its first waiting mail. Page up and down (or b and n) turn the page if there
-    are more than 30 senders. ? shows help, q quits. `-o json` prints one snapshot.
+    are more than 30 senders. ? shows help, q quits. `-o json` prints one snapshot,
+    or fails if the scheduler or stats does not answer.
 
     $ outbox top --user acme
     """
@@ -110,7 +112,11 @@ def top(
             ],
         )
         if output is OutputFormat.JSON:
-            print_json(_document(monitor.refresh()))
+            for service, address in (("scheduler", server), ("stats", stats_server)):
+                # With its own connection, an error names the service that is in trouble.
+                with connection(service, address) as client:
+                    client.server.GetServerInfo(GetServerInfoRequest())
+            print_json(_document(monitor.refresh(strict=True)))
             return
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise CommandFailed("top needs a terminal; `-o json` works without one")
@@ -156,11 +162,12 @@ class _Monitor:
         # The calls for all senders run in parallel, so that a refresh waits for the slowest only.
         self._pool = self.stack.enter_context(ThreadPoolExecutor(_MAX_SENDERS))
 
-    def refresh(self) -> View:
+    def refresh(self, *, strict: bool = False) -> View:
         """Query all three services. An unreachable one becomes a line of the view.
 
         Raises:
-            CallError: the next refresh would be refused as well, such as for a missing user.
+            CallError: the next refresh would be refused as well, such as for a missing user. With
+                `strict`, any error of the scheduler or stats.
         """
         senders: list[SenderView] = []
         dispatchers: list[DispatcherStatus] = []
@@ -178,6 +185,8 @@ class _Monitor:
         except (InvalidArgument, PermissionDenied, Unauthenticated):
             raise
         except CallError as error:
+            if strict:
+                raise
             troubles.append(in_brief(error, "the scheduler or the stats service"))
         now = time.monotonic()
         asked = [each for each in self.dispatchers if now >= each.ask_at]

@@ -14,6 +14,7 @@ from outbox_server.cli.client import (
     ENDPOINTS,
     Address,
     Server,
+    failure_of,
     find_address,
     in_brief,
     key_file_of,
@@ -21,7 +22,6 @@ from outbox_server.cli.client import (
 )
 from outbox_server.cli.connection_check import SERVERS
 from outbox_server.cli.credentials import credentials_for
-from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows, to_document
 from outbox_server.shared.settings import load_settings
 
@@ -40,9 +40,7 @@ def version(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     and fails if there is no answer.
     """
     ours = importlib.metadata.version("outbox")
-    found = [_ask(address) for address in _addresses(server)]
-    if server and "error" in found[0]:
-        raise CommandFailed(str(found[0]["error"]))
+    found = [_ask(address, required=server is not None) for address in _addresses(server)]
     if output is OutputFormat.JSON:
         print_json({"version": ours, "servers": found})
         return
@@ -67,7 +65,7 @@ def _addresses(server: str | None) -> Iterator[Address]:
         yield Address(target, str(ENDPOINTS), "dispatcher", key_file_of(stack))
 
 
-def _ask(asked: Address) -> dict[str, Any]:
+def _ask(asked: Address, *, required: bool) -> dict[str, Any]:
     address = asked.target
     credentials = credentials_for(address, load_settings(), asked.key_file)
     with Client(
@@ -76,5 +74,7 @@ def _ask(asked: Address) -> dict[str, Any]:
         try:
             info = client.server.GetServerInfo(pb.GetServerInfoRequest(), timeout=_LIMIT_S)
         except CallError as error:
+            if required:
+                raise failure_of(error, asked, credentials.tls) from None
             return {"address": address, "error": in_brief(error, address)}
     return {"address": address, **to_document(info)}

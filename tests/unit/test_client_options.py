@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from typer.main import get_command as command_of
 
 from outbox_server import cli
-from outbox_server.cli.client_options import (
-    CONNECTION_PANEL,
-    add_connection_options,
-    place_options,
-)
+from outbox_server.cli.client_options import CONNECTION_PANEL, place_options
 from outbox_server.cli.failures import asks_for_json
-from outbox_server.cli.main import OutboxGroup
+from tests.command_tree import ALL, NOT_CLIENTS, command, flags
 from tests.contract_methods import contract_methods
 
 CONNECTION = {"--server", "--api-key-file", "--tls-ca", "--tls-cert", "--tls-key", "--timeout"}
-# Probes, services and commands that talk to the stores themselves.
-NOT_CLIENTS = {"health"}
-
-
-def command(name: str) -> Any:
-    """Return a command as the command line loads it."""
-    found = command_of(importlib.import_module(OutboxGroup.entries[name].module).app)
-    found.name = name
-    add_connection_options(found)
-    return found
-
-
-def leaves(found: Any, path: str) -> Iterator[tuple[str, Any]]:
-    inner = getattr(found, "commands", {})
-    if not inner or getattr(found, "invoke_without_command", False):
-        yield path, found
-    for name, each in inner.items():
-        yield from leaves(each, f"{path} {name}")
-
-
-ALL = [leaf for name in OutboxGroup.entries for leaf in leaves(command(name), name)]
-
-
-def flags(found: Any) -> set[str]:
-    return {flag for each in found.params for flag in each.opts}
 
 
 def code_of(found: Any) -> Any:
