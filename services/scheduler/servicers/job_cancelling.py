@@ -49,7 +49,7 @@ _log = structlog.get_logger("outbox.jobs")
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _CancelCall:
     """A call that waits for its group. `user_id` None means any user."""
 
     job_id: int
@@ -86,7 +86,7 @@ class JobCanceller:
         self._installation_id = installation_id
         self._groups = Coalesced[_Outcome](self._cancel_group)
         # The calls that wait, by numbers.
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _CancelCall] = {}
         self._numbers = itertools.count()
 
     async def close(self) -> None:
@@ -107,7 +107,7 @@ class JobCanceller:
         bind_call(user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
         number = next(self._numbers)
-        self._calls[number] = _Call(job_id, user_id, self._changes.ask(request, user_id))
+        self._calls[number] = _CancelCall(job_id, user_id, self._changes.ask(request, user_id))
         try:
             outcome = await self._groups.get(number)
         finally:
@@ -176,13 +176,13 @@ class JobCanceller:
 
 
 async def _write(
-    connection: AsyncConnection, calls: Mapping[int, _Call], installation: str
+    connection: AsyncConnection, calls: Mapping[int, _CancelCall], installation: str
 ) -> dict[int, _Outcome]:
     """Cancel the jobs of a group of calls. Calls that must be made alone have no outcome."""
     outcomes: dict[int, _Outcome] = {}
     fresh = await _without_repeated(connection, calls, outcomes)
     owners = await email_jobs.read_batches_of(connection, [call.job_id for call in fresh.values()])
-    mine: dict[int, _Call] = {}
+    mine: dict[int, _CancelCall] = {}
     for number, call in fresh.items():
         batch_id, owner = owners.get(call.job_id, (0, ""))
         if not batch_id or call.user_id not in (None, owner):
@@ -216,12 +216,12 @@ async def _write(
 
 
 async def _without_repeated(
-    connection: AsyncConnection, calls: Mapping[int, _Call], outcomes: dict[int, _Outcome]
-) -> dict[int, _Call]:
+    connection: AsyncConnection, calls: Mapping[int, _CancelCall], outcomes: dict[int, _Outcome]
+) -> dict[int, _CancelCall]:
     """Return the calls whose requests are new. Store the outcomes of the others."""
     keys = {call.asked.key for call in calls.values() if call.asked.key.request_id}
     known = await find_requests(connection, list(keys)) if keys else {}
-    fresh: dict[int, _Call] = {}
+    fresh: dict[int, _CancelCall] = {}
     for number, call in calls.items():
         key = call.asked.key
         earlier = known.get((key.scope, key.request_id))
