@@ -182,15 +182,23 @@ class Changes:
             await _record(connection, asked.change, made)
             if key.request_id:
                 if repeatable:
-                    earlier = await storage.begin_request(connection, key, asked.digest)
-                    if earlier is not None:
-                        return replayed(earlier, asked, answer)
+                    return await _begin_and_store(connection, asked, made, answer)
                 await _store(connection, key, made)
             return made.answer
 
         stored = await in_transaction(self._engine, store)
         await made.afterwards()
         return stored
+
+    async def remember(self, asked: AskedChange, made: Made[M], answer: type[M]) -> M:
+        """Store the request of a change that was made and recorded. Return its answer.
+
+        Raises:
+            AlreadyExists, Aborted: as `replayed`, if another call with the same id was faster.
+        """
+        return await in_transaction(
+            self._engine, lambda connection: _begin_and_store(connection, asked, made, answer)
+        )
 
     async def record_part(
         self, connection: AsyncConnection, request: Message, made: Made[Any]
@@ -300,19 +308,12 @@ def requested_change(request: Message) -> RecordedChange:
 async def record_all(
     connection: AsyncConnection, changes: Sequence[tuple[AskedChange, Made[Any]]]
 ) -> None:
-    """Write the events and the requests of several calls whose changes this transaction makes."""
+    """Write the events of several calls whose changes this transaction makes."""
     events = [
         (_event(asked.change, made), made.address_key) for asked, made in changes if made.changed
     ]
     if events:
         await record_changes(connection, events)
-    requests = [
-        (asked.key, asked.digest, made.answer.SerializeToString(), made.user_id, made.address_key)
-        for asked, made in changes
-        if asked.key.request_id
-    ]
-    if requests:
-        await storage.add_requests(connection, requests)
 
 
 def replayed(earlier: StoredRequest, asked: AskedChange, answer: type[M]) -> M:
@@ -337,6 +338,16 @@ def replayed(earlier: StoredRequest, asked: AskedChange, answer: type[M]) -> M:
             metadata={"request_id": key.request_id},
         )
     return answer.FromString(earlier.answer)
+
+
+async def _begin_and_store(
+    connection: AsyncConnection, asked: AskedChange, made: Made[M], answer: type[M]
+) -> M:
+    earlier = await storage.begin_request(connection, asked.key, asked.digest)
+    if earlier is not None:
+        return replayed(earlier, asked, answer)
+    await _store(connection, asked.key, made)
+    return made.answer
 
 
 async def _store(connection: AsyncConnection, key: RequestKey, made: Made[Any]) -> None:

@@ -87,6 +87,6 @@ async def test_jobs_are_ended_in_parts(
     ]
     counted = scheduler.value(
         "SELECT sum((after->>'suppressed_count')::int) FROM audit_events"
-        " WHERE after ? 'suppressed_count'"
+        " WHERE after ? 'suppressed_count' AND action <> 'ScheduleBatch'"
     )
     assert counted in {None, 6}

@@ -59,10 +59,12 @@ class _CancelCall:
 
 @dataclass(frozen=True, slots=True)
 class _Cancelled:
-    """The answer of a call. `sender_id` is the sender whose head must be loaded; 0: none."""
+    """What a call has made. `sender_id` is the sender whose head must be loaded; 0: none."""
 
-    answer: email_job_pb2.EmailJob
+    made: Made[email_job_pb2.EmailJob]
     sender_id: int = 0
+    # Whether an earlier call with the same request_id has made it.
+    replayed: bool = False
 
 
 # What a call of a group gets. One without an outcome is made alone.
@@ -107,7 +109,8 @@ class JobCanceller:
         bind_call(user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
         number = next(self._numbers)
-        self._calls[number] = _CancelCall(job_id, user_id, self._changes.ask(request, user_id))
+        asked = self._changes.ask(request, user_id)
+        self._calls[number] = _CancelCall(job_id, user_id, asked)
         try:
             outcome = await self._groups.get(number)
         finally:
@@ -119,7 +122,10 @@ class JobCanceller:
             raise outcome
         if outcome.sender_id:
             await self._load(outcome.sender_id)
-        return outcome.answer
+        if outcome.replayed or not asked.key.request_id:
+            return outcome.made.answer
+        # Not by the group: another call with this id could let it wait.
+        return await self._changes.remember(asked, outcome.made, email_job_pb2.EmailJob)
 
     async def _cancel_group(self, numbers: Sequence[int]) -> Mapping[int, _Outcome]:
         calls = {number: self._calls[number] for number in numbers if number in self._calls}
@@ -205,12 +211,12 @@ async def _write(
         if job.state is not JobState.CANCELLED:
             outcomes[number] = _too_late(job.job_id, job.state)
             continue
-        answer = to_job(job, installation)
         # Of two calls about a job, one cancels it.
         changed = call.job_id in moved
         moved.discard(call.job_id)
-        made.append((call.asked, changed_job(answer, JobState.SCHEDULED, changed=changed)))
-        outcomes[number] = _Cancelled(answer, job.sender_id if changed else 0)
+        one = changed_job(to_job(job, installation), JobState.SCHEDULED, changed=changed)
+        made.append((call.asked, one))
+        outcomes[number] = _Cancelled(one, job.sender_id if changed else 0)
     await record_all(connection, made)
     return outcomes
 
@@ -227,7 +233,8 @@ async def _without_repeated(
         earlier = known.get((key.scope, key.request_id))
         if earlier is not None:
             try:
-                outcomes[number] = _Cancelled(replayed(earlier, call.asked, email_job_pb2.EmailJob))
+                kept = replayed(earlier, call.asked, email_job_pb2.EmailJob)
+                outcomes[number] = _Cancelled(Made(kept), replayed=True)
             except OutboxError as error:
                 outcomes[number] = error
         elif not key.request_id or key in keys:

@@ -116,28 +116,6 @@ async def find_requests(
     }
 
 
-async def add_requests(
-    connection: AsyncConnection,
-    requests: Sequence[tuple[RequestKey, bytes, bytes, str | None, str | None]],
-) -> None:
-    """Store requests with their digests, answers, owners and keys of recipients.
-
-    One whose id is stored already is left out.
-    """
-    rows = [
-        {
-            "scope": key.scope,
-            "request_id": key.request_id,
-            "digest": digest,
-            "answer": answer,
-            "user_id": owner,
-            "address_key": address_key,
-        }
-        for key, digest, answer, owner, address_key in requests
-    ]
-    await connection.execute(insert(ChangeRequest).on_conflict_do_nothing(), rows)
-
-
 async def store_answer(
     connection: AsyncConnection,
     key: RequestKey,
