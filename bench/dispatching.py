@@ -47,7 +47,7 @@ async def fill_due(connection: Connection, senders: int, mails: int, *, in_s: fl
 
 
 def settings_for(concurrency: int) -> dict[str, str]:
-    """Return the settings of a dispatcher that sends so many mails at once to the relay."""
+    """Return the settings of a dispatcher that sends this many mails at once to the relay."""
     return {"dispatcher_concurrency": str(concurrency), "smtp_pool": str(concurrency)}
 
 

@@ -44,9 +44,9 @@ MARGIN: Final = 1.4
 # Below this part of it, the record is out of date, and a loss could hide behind it.
 _FASTER: Final = 0.65
 _TRIES: Final = 3
-# No try begins that would probably end after so many seconds.
+# No try begins that would probably end after this many seconds.
 _LIMIT_S: Final = 55.0
-# A busy loop that needs more than so many seconds per second of processor time does not count.
+# A busy loop that needs more than this many seconds per second of processor time does not count.
 CROWDED: Final = 2.0
 _LOOP_S: Final = 0.2
 _MAILS: Final = 3_000

@@ -172,7 +172,7 @@ def _request(
 
 
 def _stalls(address: str) -> dict[float, float]:
-    """Return how many stalls were at most so many seconds long."""
+    """Return how many stalls were at most this many seconds long."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     for family in text_string_to_metric_families(text):

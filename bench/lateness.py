@@ -122,7 +122,7 @@ async def commands(redis: Redis) -> int:
 
 
 async def _beside(bench: Bench, blocked: int) -> dict[str, float]:
-    """Send the mail of others beside so many blocked mails; return the lateness and the work."""
+    """Send the mail of others beside `blocked` blocked mails; return the lateness and the work."""
     lead = await bench.lead_s()
     async with (
         bench.fresh() as stack,

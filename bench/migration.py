@@ -104,7 +104,7 @@ def fill(
 ) -> None:
     """Insert senders with `rows` jobs in all: half of them sent, the others due after `later`.
 
-    Each sender gets so many `batches`. With `keyed`, one job of four has a `recipient_key`.
+    Each sender gets this number of `batches`. With `keyed`, one job of four has a `recipient_key`.
     """
     more = {
         "column": ", recipient_key" if keyed else "",

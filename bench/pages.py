@@ -25,7 +25,7 @@ _TABLE: Final = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end of bench -->)
 _OUTBOX: Final = "Outbox"
 _NOTHING: Final = "Not measured with this version yet.\n"
 _SECONDS_PER_DAY: Final = 86_400
-# Mail is not sent evenly: the busiest hour of a day is taken for so many times the average.
+# Mail is not sent evenly: the busiest hour of a day is assumed to have this many times the average.
 PEAK: Final = 3
 # A process that is busier than this has mail waiting for it.
 BUSY: Final = 0.7

@@ -12,7 +12,7 @@ from bench.processor_time import processor_seconds
 
 # Attempts of ours that ended well.
 SENT: Final = "SELECT count(*) FROM attempts WHERE outcome = 1"
-# A queue that sends nothing for so long has failed.
+# A queue that sends nothing for this time has failed.
 _PATIENCE_S: Final = 180.0
 _FIRST: Final = 0.1
 _LAST: Final = 0.9

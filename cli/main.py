@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def _warn_about_unknown_settings() -> None:
-    """Name variables that are no settings. A service logs them itself."""
+    """Warn about variables that are not settings. A service logs them itself."""
     if sys.argv[1:2] in [["scheduler"], ["dispatcher"], ["stats"]]:
         return
     if any(name.startswith("OUTBOX_") for name in os.environ):

@@ -55,14 +55,14 @@ class StoredOptions:
     ] = None
     min_gap: Annotated[
         str | None,
-        typer.Option("--min-gap", metavar="DURATION", help="Least gap of every sender."),
+        typer.Option("--min-gap", metavar="DURATION", help="Minimum gap of every sender."),
     ] = None
     user_hourly_limit: Annotated[
         str | None,
         typer.Option(
             "--user-hourly-limit",
             metavar="N",
-            help="Most sends of one user in any window, all its senders together; 0: no limit.",
+            help="Maximum sends of one user in any window, all its senders together; 0: no limit.",
         ),
     ] = None
     user_gap: Annotated[
@@ -70,7 +70,7 @@ class StoredOptions:
         typer.Option(
             "--user-gap",
             metavar="DURATION",
-            help="Least time between two sends of one user, all its senders together; 0: none.",
+            help="Minimum time between two sends of one user, all its senders together; 0: none.",
         ),
     ] = None
     uncertain_policy: Annotated[

@@ -53,29 +53,29 @@ class QuotaOptions:
     waiting_jobs: Annotated[
         int | None,
         typer.Option(
-            "--waiting-jobs", parser=_read_quota, metavar="N|default", help="Most waiting jobs."
+            "--waiting-jobs", parser=_read_quota, metavar="N|default", help="Maximum waiting jobs."
         ),
     ] = None
     senders: Annotated[
         int | None,
-        typer.Option("--senders", parser=_read_quota, metavar="N|default", help="Most senders."),
+        typer.Option("--senders", parser=_read_quota, metavar="N|default", help="Maximum senders."),
     ] = None
     calls: Annotated[
         int | None,
         typer.Option(
-            "--calls", parser=_read_quota, metavar="N|default", help="Most calls in flight."
+            "--calls", parser=_read_quota, metavar="N|default", help="Maximum calls in flight."
         ),
     ] = None
     uploads: Annotated[
         int | None,
         typer.Option(
-            "--uploads", parser=_read_quota, metavar="N|default", help="Most uploads in flight."
+            "--uploads", parser=_read_quota, metavar="N|default", help="Maximum uploads in flight."
         ),
     ] = None
     watches: Annotated[
         int | None,
         typer.Option(
-            "--watches", parser=_read_quota, metavar="N|default", help="Most open watches."
+            "--watches", parser=_read_quota, metavar="N|default", help="Maximum open watches."
         ),
     ] = None
     stored_rejections: Annotated[
@@ -84,7 +84,7 @@ class QuotaOptions:
             "--stored-rejections",
             parser=_read_quota,
             metavar="N|default",
-            help="Most stored rejections.",
+            help="Maximum stored rejections.",
         ),
     ] = None
     unproven_endpoints: Annotated[
@@ -93,7 +93,7 @@ class QuotaOptions:
             "--unproven-endpoints",
             parser=_read_quota,
             metavar="N|default",
-            help="Most sends at a time to mail servers that have not replied yet.",
+            help="Maximum sends in flight to mail servers that have not replied yet.",
         ),
     ] = None
     stored_events: Annotated[
@@ -102,18 +102,20 @@ class QuotaOptions:
             "--stored-events",
             parser=_read_quota,
             metavar="N|default",
-            help="Most stored events of jobs; the oldest ones are removed.",
+            help="Maximum stored events of jobs; the oldest ones are removed.",
         ),
     ] = None
     suppressions: Annotated[
         int | None,
         typer.Option(
-            "--suppressions", parser=_read_quota, metavar="N|default", help="Most suppressions."
+            "--suppressions", parser=_read_quota, metavar="N|default", help="Maximum suppressions."
         ),
     ] = None
     webhooks: Annotated[
         int | None,
-        typer.Option("--webhooks", parser=_read_quota, metavar="N|default", help="Most webhooks."),
+        typer.Option(
+            "--webhooks", parser=_read_quota, metavar="N|default", help="Maximum webhooks."
+        ),
     ] = None
 
 
@@ -121,7 +123,9 @@ def _read_limit(text: str) -> int:
     if text.strip().lower() == _DEFAULT:
         return _UNSET
     if not (text.isascii() and text.isdecimal()) or int(text[:10]) > MAX_HOURLY_LIMIT:
-        raise typer.BadParameter(f"{text[:40]!r} is not 0 to {MAX_HOURLY_LIMIT}, nor `{_DEFAULT}`")
+        raise typer.BadParameter(
+            f"must be 0 to {MAX_HOURLY_LIMIT}, or {_DEFAULT} (got {text[:40]!r})"
+        )
     return int(text[:10])
 
 
@@ -141,7 +145,7 @@ class UserLimitOptions:
             "--hourly-limit",
             parser=_read_limit,
             metavar="N|default",
-            help="Most sends an hour, all senders together; 0: no limit.",
+            help="Maximum sends per hour, all senders together; 0: no limit.",
         ),
     ] = None
     min_gap: Annotated[
@@ -150,7 +154,7 @@ class UserLimitOptions:
             "--min-gap",
             parser=_read_gap,
             metavar="DURATION|default",
-            help="Least time between two sends of all senders together, such as 500ms; 0s: none.",
+            help="Minimum time between two sends of all senders together, such as 500ms; 0s: none.",
         ),
     ] = None
 

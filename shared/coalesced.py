@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 # The most keys of one round. More of them share the round after the next.
 _MOST_KEYS: Final = 100
-# A round that takes longer than this, and so many times as long as usual, may have a slow key, such
+# A round that takes longer than _SLOW_S and _SLOW_TIMES as long as usual may have a slow key, such
 # as a sender with a million cancelled jobs. On a busy machine, all rounds take long.
 _SLOW_S: Final = 0.1
 _SLOW_TIMES: Final = 4

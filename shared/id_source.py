@@ -60,7 +60,7 @@ class IdSource:
         now_ms: Callable[[], int] = _now_ms,
         random_bits: Callable[[int], int] = secrets.randbits,
     ) -> None:
-        """`now_ms` returns the Unix time, and `random_bits` a number of so many random bits."""
+        """`now_ms` returns the Unix time, and `random_bits(n)` a random number of n bits."""
         self._now_ms = now_ms
         self._random_bits = random_bits
         self._last = 0
@@ -68,7 +68,7 @@ class IdSource:
     def issue(self, count: int = 1) -> int:
         """Return the first of `count` consecutive ids, all above those issued before.
 
-        A run of ids meets another run far less often than so many separate ids would. Its first id
+        A run of ids meets another run far less often than as many separate ids would. Its first id
         is random, so that a run says nothing about the runs of other callers.
         """
         now = max(self._now_ms(), _EARLIEST_MS) << _RANDOM_BITS

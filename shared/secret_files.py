@@ -77,7 +77,7 @@ def _read(variable: str, path: str) -> str:
         raise ConfigurationError(f"{variable}: {path} is not text in UTF-8") from None
     if len(content) > MAX_SECRET_BYTES:
         raise ConfigurationError(
-            f"{variable}: {path} has more than {MAX_SECRET_BYTES} bytes, so it is no such secret"
+            f"{variable}: {path} has more than {MAX_SECRET_BYTES} bytes, too many for a secret"
         )
     if not text:
         raise ConfigurationError(f"{variable}: {path} is empty")

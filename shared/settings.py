@@ -294,7 +294,7 @@ class Settings(BaseSettings):
         timedelta(seconds=2),
         ge=_ZERO,
         le=timedelta(days=1),
-        description="least gap of every sender",
+        description="minimum gap of every sender",
     )
     retry_backoff: Durations = Field(
         (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125)),
@@ -349,63 +349,63 @@ class Settings(BaseSettings):
         "is given up",
     )
     user_waiting_jobs: int = Field(
-        10_000_000, ge=0, le=MAX_QUOTA, description="most waiting jobs of one user"
+        10_000_000, ge=0, le=MAX_QUOTA, description="maximum waiting jobs of one user"
     )
-    user_senders: int = Field(10_000, ge=0, le=MAX_QUOTA, description="most senders of one user")
+    user_senders: int = Field(10_000, ge=0, le=MAX_QUOTA, description="maximum senders of one user")
     user_calls: int = Field(
         1_000,
         ge=0,
         le=MAX_QUOTA,
-        description="most calls in flight of one user in one process, waiting ones included",
+        description="maximum calls in flight of one user in one process, waiting ones included",
     )
     user_uploads: int = Field(
         100,
         ge=0,
         le=MAX_QUOTA,
-        description="most uploads in flight of one user in one process, waiting ones included",
+        description="maximum uploads in flight of one user in one process, waiting ones included",
     )
     user_watches: int = Field(
-        1_000, ge=0, le=MAX_QUOTA, description="most open watches of one user in one process"
+        1_000, ge=0, le=MAX_QUOTA, description="maximum open watches of one user in one process"
     )
     user_stored_rejections: int = Field(
         1_000_000,
         ge=0,
         le=MAX_QUOTA,
-        description="most stored rejections of one user; further ones are counted, not stored",
+        description="maximum stored rejections of one user; further ones are counted, not stored",
     )
     user_unproven_endpoints: int | None = Field(
         None,
         ge=1,
         le=MAX_QUOTA,
-        description="most sends in flight of one user in one dispatcher to mail servers that have "
-        "not replied to the last send; unset: a quarter of OUTBOX_DISPATCHER_CONCURRENCY, and at "
-        "least 2",
+        description="maximum sends in flight of one user in one dispatcher to mail servers that "
+        "have not replied to the last send; unset: a quarter of OUTBOX_DISPATCHER_CONCURRENCY, and "
+        "at least 2",
     )
     user_stored_events: int = Field(
         5_000_000,
         ge=0,
         le=MAX_QUOTA,
-        description="most stored events of jobs of one user; its oldest ones are removed",
+        description="maximum stored events of jobs of one user; its oldest ones are removed",
     )
     user_suppressions: int = Field(
         5_000_000,
         ge=0,
         le=MAX_QUOTA,
-        description="most suppressions of one user that calls create",
+        description="maximum suppressions of one user that calls create",
     )
-    user_webhooks: int = Field(20, ge=0, le=MAX_QUOTA, description="most webhooks of one user")
+    user_webhooks: int = Field(20, ge=0, le=MAX_QUOTA, description="maximum webhooks of one user")
     user_hourly_limit: int = Field(
         0,
         ge=0,
         le=MAX_HOURLY_LIMIT,
-        description="most sends of one user in any OUTBOX_RATE_WINDOW, all its senders together; "
-        "0: no limit",
+        description="maximum sends of one user in any OUTBOX_RATE_WINDOW, all its senders "
+        "together; 0: no limit",
     )
     user_gap: Duration = Field(
         _ZERO,
         ge=_ZERO,
         le=timedelta(days=1),
-        description="least time from the end of a send of one user to the start of its next, all "
+        description="minimum time from the end of a send of one user to the start of its next, all "
         "its senders together; 0: none",
     )
     sender_policy: Literal["any", "domains"] = Field(

@@ -160,7 +160,7 @@ async def _dispatchers_slept(stack: DrillStack) -> AsyncIterator[None]:
 
 
 async def _until_jobs(stack: DrillStack, least: int, condition: LiteralString) -> None:
-    """Wait until so many jobs fulfil a condition in SQL."""
+    """Wait until this many jobs fulfil a condition in SQL."""
     url = stack.system.servers.database_url
     query = sql.SQL("SELECT count(*) >= %s FROM email_jobs WHERE ") + sql.SQL(condition)
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:

@@ -154,7 +154,7 @@ class Dispatcher:
 
     @property
     def in_flight(self) -> int:
-        """The number of slots in use: so many mails may be in doubt after a crash."""
+        """The number of slots in use: the most mails that may be in doubt after a crash."""
         return self._slots.in_flight
 
     @property

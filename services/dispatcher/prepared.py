@@ -8,7 +8,7 @@ from typing import Final
 
 # Their size together, in characters: a quarter of what the composer keeps.
 MOST_PREPARED: Final = 16 * 1024 * 1024
-# A batch that nobody uses for so long (seconds) is forgotten: another dispatcher sent the mail, or
+# A batch that nobody uses for these seconds is forgotten: another dispatcher sent the mail, or
 # a pause holds it.
 _KEPT_S: Final = 10.0
 

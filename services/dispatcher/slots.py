@@ -32,7 +32,8 @@ from outbox_server.services.dispatcher.shares import Permit, Route, Shares, User
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.queue.user_limits import UserLimit
 
-# The routes of so many senders are remembered. The job of any other sender is marked first.
+# The routes of at most this many senders are remembered. The job of any other sender is marked
+# before its route is known.
 _MAX_SENDERS: Final = 100_000
 # More claims do not wait for a permit, because each free slot is offered to all of them.
 MAX_WAITING: Final = 1_000

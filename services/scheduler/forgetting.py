@@ -94,7 +94,7 @@ class Forgetter:
         most_requests: int = _MOST_REQUESTS,
         most_events: int = _MOST_EVENTS,
     ) -> None:
-        """`audit_retention` None means for ever.
+        """`audit_retention`: None keeps the audit log for ever.
 
         `most_job_events` is the default quota of a user. `most_requests` are those of one user,
         `most_events` those of one actor about one user.

@@ -1,11 +1,11 @@
-"""Stores small batches in groups: all that came while the last group was written, in a transaction.
+"""Stores small batches in groups: those that arrive during one transaction share the next one.
 
 A commit waits for the disk, and most statements cost the same for one batch as for ten. So a group
-is faster than its batches one by one, and a call that comes alone waits for nobody.
+is faster than its batches one by one, and a call that arrives alone waits for no other.
 
 Each call of a group has its own result. What concerns one call alone (its quota, its request_id)
 fails that call. If the transaction fails, no call of the group has been accepted, and each of them
-goes the usual way, where only those fail that have to.
+is stored alone, so that only the faulty ones fail.
 """
 
 from __future__ import annotations

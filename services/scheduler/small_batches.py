@@ -21,8 +21,8 @@ from outbox_server.shared.intake.rows import JobRow
 from outbox_server.shared.templates.batch import BatchTemplate
 from outbox_server.shared.templates.checking import RowFailure
 
-# A batch that is read in the event loop has at most so many rows, and its request so many bytes.
-# It takes 2 ms.
+# A batch that is read in the event loop has at most this many rows, and its request this many
+# bytes. It takes 2 ms.
 MOST_SMALL_ROWS: Final = 100
 MOST_SMALL_BYTES: Final = 64 * 1024
 
@@ -68,7 +68,7 @@ def read_small(
     *,
     special_domains: bool,
 ) -> SmallBatch | None:
-    """Return the batch, or None if it must go the usual way. The payload must be small."""
+    """Return the batch, or None if it must be read in the usual way. The payload must be small."""
     if options.spread_until is not None:
         return None
     reader = BlockReader(payload, options, max_message_bytes, special_domains=special_domains)

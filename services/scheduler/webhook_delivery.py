@@ -57,14 +57,14 @@ _AT_ONCE_PER_USER: Final = 2
 # How many events are read at a time, and how many one request has.
 _READ: Final = 500
 MOST_EVENTS: Final = 100
-# No further request begins after so long. A request takes at most 20 s, so a lease suffices.
+# No further request begins after this time. A request takes at most 20 s, so a lease suffices.
 _LONGEST_RUN_S: Final = 20.0
-# After its work on a webhook, a place of its user rests for so many times as long, within limits:
+# After its work on a webhook, a place of its user rests this many times as long, within limits:
 # a quick receiver would keep the process busy, and a slow one does not.
 _REST_RATIO: Final = 4
 _LEAST_REST_S: Final = 0.05
 _LONGEST_REST_S: Final = 0.25
-# A webhook with too many failed deliveries is looked at again after so long.
+# A webhook with too many failed deliveries is looked at again after this time.
 _FULL: Final = timedelta(seconds=5)
 _DRAIN_S: Final = 5.0
 _GONE: Final = 410

@@ -103,8 +103,8 @@ class PostgresConnection(psycopg.AsyncConnection[Any]):
     async def configure(self, target: DatabaseTarget, settings: Mapping[str, str]) -> None:
         """Find out whether a pooler is between, and apply the settings accordingly.
 
-        A pooler tells its clients a process id of its own, which is no session of PostgreSQL. Then
-        the settings end with this one statement.
+        A pooler tells its clients a process id of its own, which is not that of a session of
+        PostgreSQL. Then the settings end with this one statement.
         """
         await self.set_autocommit(True)
         pid = sql.Literal(self.info.backend_pid)

@@ -25,7 +25,7 @@ from outbox_server.shared.settings import Settings
 
 # A call waits this long for a lock, such as the lock of a call that changes the same sender.
 LOCK_TIMEOUT = timedelta(seconds=10)
-# PostgreSQL ends a transaction that sends nothing for so long: its host or network is gone.
+# PostgreSQL ends a transaction that sends nothing for this time: its host or network is gone.
 # Otherwise its locks would last for hours, and no event of any user is shown while a transaction
 # that has written events is open (`shared.events.storage`).
 _IDLE_TIMEOUT_MS = 60_000

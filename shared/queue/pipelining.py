@@ -158,7 +158,7 @@ class PipelinedConnection(asyncio.Protocol):
                 if not isinstance(reply, hiredis.PushNotification):
                     self._received(reply)
         except (InvalidResponse, ValueError) as error:
-            self._end(NoReplyError, f"the server sent what is no reply: {error}")
+            self._end(NoReplyError, f"the server sent something that is not a reply: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give up the calls that are under way."""

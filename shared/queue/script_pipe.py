@@ -48,7 +48,7 @@ class ScriptPipe:
         self._pool = pool
         self._slots = asyncio.Semaphore(_MOST_UNDER_WAY)
         self._current: PipelinedConnection | None = None
-        # With those that are closed after their last reply.
+        # Includes connections that will be closed after their last reply.
         self._open: set[PipelinedConnection] = set()
         self._connecting: asyncio.Task[PipelinedConnection] | None = None
 

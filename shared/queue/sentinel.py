@@ -77,7 +77,7 @@ class PrimaryPlace:
         self._doubted.add(address)
 
     def moved(self, address: Address) -> None:
-        """Do nothing: a server that Sentinel watches is no part of a cluster."""
+        """Do nothing: a server that Sentinel watches does not belong to a cluster."""
 
     async def aclose(self) -> None:
         """Close the connections to the sentinels."""

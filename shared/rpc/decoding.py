@@ -24,7 +24,7 @@ AT_ONCE: Final = 16 * 1024
 # A part ends after this number of fields or bytes.
 _PART_FIELDS: Final = 500
 _PART_BYTES: Final = 64 * 1024
-# The most fields of a large message that are no entries of its lists: one that sets a number a
+# The most fields of a large message that are not entries of its lists: one that sets a number a
 # million times would take a second.
 _MOST_SINGLE: Final = 10_000
 # The types of fields on the wire.

@@ -52,7 +52,7 @@ def encode(kind: str, filters_digest: bytes, position: Position) -> str:
 
 
 def check_form(field: str, token: str) -> None:
-    """Check that `encode` may have made the token, of whichever list. `field` has it.
+    """Check that `encode` may have made the token, for any list. `field` names the token's field.
 
     Raises:
         InvalidInput: PAGE_TOKEN_INVALID, RESUME_TOKEN_INVALID.

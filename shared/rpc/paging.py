@@ -46,7 +46,7 @@ class Page(Generic[P]):
     ) -> tuple[Sequence[T], str]:
         """Return the rows of this page and the token of the next one, empty on the last page.
 
-        `found` are the first `limit` rows after `after`. If a search ended before it had so many
+        `found` are the first `limit` rows after `after`. If a search ended with fewer rows
         and before the end, `reached` is the position where it continues.
         """
         shown = found[: self.size]

@@ -141,7 +141,7 @@ def number_of(text: str) -> int | float | None:
 
 
 def _not_a_number(side: Expression, value: str, expression: Any) -> TemplateFault:
-    """Return the error of a text that is no number. It does not repeat the cell."""
+    """Return the error of a text that is not a number. It does not repeat the cell."""
     name = side.head() if isinstance(side, Path) else ""
     column = name if isinstance(name, str) else ""
     what = f"`{column}`" if column else "a text"

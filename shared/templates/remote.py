@@ -242,7 +242,7 @@ class RemoteTemplate(BatchTemplate):
 
 
 def _template_of(summaries: Mapping[str, object], head: HeadTexts) -> RemoteTemplate:
-    """Return a template by the summaries of its fields, of which some are as a worker sent them."""
+    """Return a template from the summaries of its fields; some may still be encoded by a worker."""
     sources: dict[str, TemplateSource] = {}
     for field, value in summaries.items():
         if value is not None:

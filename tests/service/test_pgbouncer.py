@@ -218,7 +218,7 @@ async def test_a_statement_that_is_given_up_sends_no_cancel_request_to_a_pooler(
     """PgBouncer 1.18 ends, with the connections of all its clients, if many come."""
 
     async def running(seconds: int) -> int:
-        """Return how many statements sleep for so long."""
+        """Return how many statements sleep for this time."""
         query = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query = :query"
         async with engine_of(database_url) as engine, engine.connect() as connection:
             values = {"query": f"SELECT pg_sleep({seconds})"}

@@ -105,7 +105,7 @@ def test_an_unusable_file_is_refused_in_one_line(
     file.write_bytes(b"\xff\xfe")
     assert refusal() == f"{name} is not text in UTF-8"
     file.write_bytes(b"x" * (MAX_SECRET_BYTES + 1))
-    assert refusal() == f"{name} has more than 65536 bytes, so it is no such secret"
+    assert refusal() == f"{name} has more than 65536 bytes, too many for a secret"
     file.write_bytes(b"postgresql://db/".ljust(MAX_SECRET_BYTES, b"x"))
     assert len(load_settings().database_url) == MAX_SECRET_BYTES
     file.unlink()

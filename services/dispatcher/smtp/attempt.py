@@ -243,7 +243,7 @@ class SendAttempt:
         self._ended(self, result)
 
     def _fail(self, error: Exception) -> None:
-        """End the attempt with an error that is no reply of the server."""
+        """End the attempt with an error that is not a reply of the server."""
         if isinstance(error, SESSION_ERRORS):
             self._ended(self, self._broken(error))
             return

@@ -49,7 +49,8 @@ class KeptSession(SmtpSession):
         try:
             self.stream.write(b"RSET\r\n")
         except SESSION_ERRORS:
-            # Closed, or the server sent what is no reply behind its refusal: the pool drops it.
+            # Closed, or the server sent something after its refusal that is not a reply: the pool
+            # drops the session.
             return
         self._owes_reset = True
 

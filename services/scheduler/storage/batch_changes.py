@@ -119,7 +119,7 @@ async def pause_batch(
     if batch.paused and batch.paused_until == until:
         return False
     if not batch.paused:
-        # Not exact if calls come at once: it bounds the work of loads, and is no quota.
+        # Not exact if calls arrive at the same time: it only bounds the work of loads.
         others = select(func.count()).where(Batch.sender_id == batch.sender_id, batch_is_paused())
         if (await connection.scalar(others) or 0) >= MOST_PAUSED_BATCHES:
             raise FailedPrecondition(

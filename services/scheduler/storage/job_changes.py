@@ -60,7 +60,7 @@ from outbox_server.shared.states import JobChangeKind, JobState
 
 # The number of rows that one transaction writes, in about 0.3 s.
 WRITTEN_AT_ONCE: Final = 10_000
-# A sender may have about so many changes that are not written. A load of its head compares their
+# A sender may have about this many changes that are not written. A load of its head compares their
 # batches with each job that it passes: 0.4 s for a million jobs.
 MOST_UNWRITTEN: Final = 250
 _READ_AT_ONCE: Final = 1_000

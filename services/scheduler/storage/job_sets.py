@@ -410,7 +410,7 @@ async def _matching(
         .where(rows.place, condition(which.tree, leaves))
     )
     if kind is JobChangeKind.RETRY:
-        # Of an erased recipient there is no address to send to.
+        # An erased recipient has no address to send to.
         found = found.where(EmailJob.recipient != "")
         if kind in unwritten:
             found = found.where(~is_being_changed(kind))

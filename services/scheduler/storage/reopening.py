@@ -124,7 +124,7 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState) -> Any:
     """Return the statement that moves jobs out of a final state and updates counts and markers."""
     waits = state is JobState.SCHEDULED
     if waits:
-        # Of an erased recipient there is no address to send to.
+        # An erased recipient has no address to send to.
         which &= EmailJob.recipient != ""
     # Locked in the order of ids, as settlements and cancellations lock them.
     picked = (

@@ -3,7 +3,7 @@
 A walk goes through the batches of a user in the order of their ids, and through the jobs of each
 in the same order, by indexes on columns that never change. The filter is applied row by row. So
 any filter may be used, and none can make a call read more than ROWS_READ rows: a walk that has
-read so many ends, and says where the next one continues. A page may then be short, or empty.
+read this many ends, and says where the next one continues. A page may then be short, or empty.
 
 The counts of a batch tell whether it has jobs in a wanted state; other batches are left out. Jobs
 in FAILED and UNCERTAIN have an index of their own, and so do the jobs of `short_walks`.
@@ -69,7 +69,7 @@ _BATCHES_AT_ONCE: Final = 200
 _BATCHES_AT_FIRST: Final = 25
 # The first group of batches has at least this many rows.
 _FIRST_ROWS: Final = 200
-# Each further group has so many times as many.
+# Each further group has this many times as many.
 _GROWTH: Final = 5
 # These have an index of their own, which is almost empty.
 TROUBLE: Final = frozenset({JobState.FAILED, JobState.UNCERTAIN})
@@ -252,7 +252,7 @@ class _JobWalk:
             group = self._group(batches, at, most)
             rows, until = sum(each.rows for each in group), None
             if rows > most and not self._matches_all:
-                # Only a single batch can have so many.
+                # Only a single batch can have more than `most`.
                 rows, until = await self._boundary(group[0].batch_id, position, most)
             ids = [each.batch_id for each in group]
             found = await self._matches(ids, position, until)

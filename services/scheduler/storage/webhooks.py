@@ -19,9 +19,9 @@ from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.states import JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
-# A webhook with so many deliveries that will be tried again gets no new ones.
+# A webhook with this many deliveries that will be tried again gets no new ones.
 MOST_PENDING: Final = 20
-# A webhook whose requests have all failed for so long is disabled.
+# A webhook whose requests have all failed for this time is disabled.
 GIVE_UP_AFTER: Final = timedelta(days=5)
 
 

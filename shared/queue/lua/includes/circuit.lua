@@ -189,7 +189,7 @@ local function postpone_probe(c, reason, backoff)
 end
 
 -- Returns the circuit that a failure counts for. A send that was in flight when a circuit opened
--- is no probe: it changes nothing of an open circuit.
+-- is not a probe: it changes nothing of an open circuit.
 local function blame(s, member, reason, backoff, before_mail)
     local own = circuit(s.endpoint)
     local shared = s.shared and circuit(s.shared)

@@ -2,7 +2,7 @@
 -- keys of a sender are in one slot of a cluster. KEYS[1] is always the shard's `ready`.
 local prefix = string.match(KEYS[1], '^(.-%}):') .. ':'
 local READY = KEYS[1]
-local GUARD = 'guard' -- a member of `ready` that is no sender (whole.lua)
+local GUARD = 'guard' -- a member of `ready` that is not a sender (whole.lua)
 local ASLEEP = prefix .. 'asleep'
 local WAKE = prefix .. 'wake' -- a channel
 local PARKED = prefix .. 'parked'
