@@ -82,15 +82,18 @@ def _tls(settings: Settings) -> Tls | None:
         )
     if not ca:
         return None
+    ca_name = "OUTBOX_TLS_CA" if given.tls_ca is None else "--tls-ca"
+    certificate_name = "--tls-cert" if given.tls_cert else "OUTBOX_TLS_CLIENT_CERTIFICATE"
+    key_name = "--tls-key" if given.tls_key else "OUTBOX_TLS_CLIENT_KEY"
     return Tls(
-        ca=None if ca == SYSTEM_ROOTS else _readable("OUTBOX_TLS_CA", ca),
-        certificate=_readable("OUTBOX_TLS_CLIENT_CERTIFICATE", certificate) if key else None,
-        key=_readable("OUTBOX_TLS_CLIENT_KEY", key) if key else None,
+        ca=None if ca == SYSTEM_ROOTS else _readable(ca_name, ca),
+        certificate=_readable(certificate_name, certificate) if key else None,
+        key=_readable(key_name, key) if key else None,
     )
 
 
 def _readable(name: str, file: Path | str) -> Path:
-    """Return the path of a readable file. An error of the client could not name the variable."""
+    """Return the path of a readable file. `name` is the option or variable, for the error."""
     path = Path(file)
     try:
         path.open("rb").close()
