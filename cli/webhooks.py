@@ -181,7 +181,7 @@ def rotate_secret(
 
     Until the old one ends, requests have a signature by each of the two.
 
-    $ outbox webhooks rotate-secret 3751 --user demo --keep-old 1h
+    $ outbox webhooks rotate-secret $WEBHOOK --user acme --keep-old 1h
     """
     request = pb.RotateWebhookSecretRequest(webhook_id=webhook_id, user_id=user)
     if keep_old is not None:

@@ -432,8 +432,8 @@ class Settings(BaseSettings):
     )
     encryption_keys: SecretStr = Field(
         SecretStr(""),
-        description="Fernet keys for SMTP passwords and OAuth 2.0 secrets, comma-separated, the "
-        "newest first",
+        description="Fernet keys for SMTP passwords, OAuth 2.0 secrets and webhook secrets, "
+        "comma-separated, the newest first",
     )
     shutdown_grace: Duration = Field(
         timedelta(seconds=30), gt=_ZERO, description="longest wait for work in flight on SIGTERM"
