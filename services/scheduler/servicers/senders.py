@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler import senders
 from outbox_server.services.scheduler.changes import (
     Changes,
     Made,
@@ -32,15 +30,17 @@ from outbox_server.services.scheduler.filters.resources import (
     SENDER_FIELDS,
     SENDER_ORDERS,
 )
-from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
 from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
-    check_mask,
     checked_list,
     named_user,
     requested_pause_end,
+)
+from outbox_server.services.scheduler.servicers.sender_fields import (
+    SenderFields,
+    check_unchangeable,
 )
 from outbox_server.services.scheduler.servicers.sender_mapping import (
     audited,
@@ -50,21 +50,13 @@ from outbox_server.services.scheduler.servicers.sender_mapping import (
     to_verification,
     without_certificates,
 )
-from outbox_server.services.scheduler.smtp_presets import (
-    PROVIDERS,
-    PresetProvider,
-    SmtpPreset,
-    complete_address,
-    provider_of,
-)
 from outbox_server.services.scheduler.storage import senders as storage
 from outbox_server.services.scheduler.storage.access import read_time
 from outbox_server.services.scheduler.storage.users import read_user
 from outbox_server.services.scheduler.verifying import Verifier
-from outbox_server.shared import bounds
 from outbox_server.shared.callers import CallerKind, current_caller
 from outbox_server.shared.cooldowns.record import CooldownRecord
-from outbox_server.shared.errors import FailedPrecondition, InvalidInput, Violations
+from outbox_server.shared.errors import FailedPrecondition, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
@@ -72,15 +64,13 @@ from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
+from outbox_server.shared.rpc.proto_mapping import not_found, parse_id
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import SenderState, requested_enum
 from outbox_server.shared.user_quotas import UserQuotas
 
-_Columns = Mapping[str, Any]
 # How long GetSender waits for Redis.
 _PACE_LIMIT_S: Final = 0.5
 _log = structlog.get_logger("outbox.senders")
@@ -107,19 +97,10 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         self._changes = changes
         self._engine = engine
         self._loader = loader
-        self._secrets = secrets
         self.verifier = verifier
         self._settings = settings
         self._quotas = UserQuotas.from_settings(settings)
-        self._columns: dict[str, Callable[[sender_pb2.Sender], _Columns]] = {
-            "email": self._email,
-            "display_name": self._display_name,
-            "smtp": self._smtp,
-            "hourly_limit": self._hourly_limit,
-            "min_gap": self._min_gap,
-            "max_in_flight": self._max_in_flight,
-            "sending_hours": self._sending_hours,
-        }
+        self._fields = SenderFields(settings, secrets, verifier.egress.ports)
 
     async def CreateSender(
         self,
@@ -129,7 +110,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         """Create a sender."""
         wrong = Violations()
         user_id = wrong.value(lambda: named_user(request.user_id), "")
-        values = wrong.value(lambda: self._values(request.sender, self._columns), dict[str, Any]())
+        values = wrong.value(lambda: self._fields.columns_of(request.sender), dict[str, Any]())
         wrong.raise_any()
 
         async def create(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
@@ -225,14 +206,14 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         wrong = Violations()
         user_id = wrong.value(lambda: acting_user(request.user_id), None)
         sender_id = wrong.value(lambda: parse_id(asked.sender_id, "sender.sender_id"), 0)
-        fields = wrong.value(lambda: tuple(self._masked(asked, mask)), ())
-        values = wrong.value(lambda: self._values(asked, fields), dict[str, Any]())
+        fields = wrong.value(lambda: tuple(self._fields.masked(asked, mask)), ())
+        values = wrong.value(lambda: self._fields.columns_of(asked, fields), dict[str, Any]())
         wrong.raise_any()
 
         async def update(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
             before = await self._locked(connection, asked.sender_id, user_id, asked.etag)
             if mask is None or not mask.paths:
-                _check_unchangeable(asked, self._answer(before))
+                check_unchangeable(asked, self._answer(before))
             if not values:
                 return self._made(before, changed=False)
             await self._check_domain(connection, before.user_id, values)
@@ -303,7 +284,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         """Check that a sender's endpoint accepts mail."""
         recipient = request.recipient
         if recipient:
-            recipient = self._address("recipient", recipient)
+            recipient = self._fields.address("recipient", recipient)
         user_id = acting_user(request.user_id)
         sender_id = parse_id(request.sender_id, "sender_id")
         async with self._engine.connect() as connection:
@@ -418,177 +399,6 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
 
     def _answer(self, record: storage.SenderRecord) -> sender_pb2.Sender:
         return to_sender(record, self._settings.min_gap)
-
-    def _masked(self, sender: sender_pb2.Sender, mask: FieldMask | None) -> Iterable[str]:
-        """Return the fields to change: those of the mask or, without a mask, those that are set."""
-        if mask is None or not mask.paths:
-            return [
-                name
-                for name in self._columns
-                if (
-                    sender.HasField(name)  # type: ignore[arg-type]  # name is a field
-                    if sender.DESCRIPTOR.fields_by_name[name].has_presence
-                    else getattr(sender, name)
-                )
-            ]
-        if list(mask.paths) == ["*"]:
-            return self._columns
-        check_mask(
-            mask.paths,
-            self._columns,
-            lambda path: _UNCHANGEABLE.get(
-                path, f"use {', '.join(self._columns)}, or * for all of them"
-            ),
-        )
-        return dict.fromkeys(mask.paths)
-
-    def _values(self, sender: sender_pb2.Sender, fields: Iterable[str]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        wrong = Violations()
-        for name in fields:
-            with wrong:
-                values.update(self._columns[name](sender))
-        wrong.raise_any()
-        return values
-
-    def _email(self, sender: sender_pb2.Sender) -> _Columns:
-        return {"email": self._address("sender.email", sender.email)}
-
-    def _address(self, field: str, text: str) -> str:
-        allowed = self._settings.special_domains == "allow"
-        return senders.check_sender_address(field, text, special_domains=allowed)
-
-    def _display_name(self, sender: sender_pb2.Sender) -> _Columns:
-        name = bounds.DISPLAY_NAME.check("sender.display_name", sender.display_name)
-        return {"display_name": name}
-
-    def _smtp(self, sender: sender_pb2.Sender) -> _Columns:
-        if not sender.HasField("smtp"):
-            columns = ("host", "port", "security", "username", "password", "ca")
-            return {f"smtp_{column}": None for column in columns} | {"oauth2": None}
-        wrong = Violations()
-        endpoint, provider = wrong.value(lambda: self._endpoint(sender.smtp), (None, None))
-        oauth2 = None
-        if sender.smtp.HasField("oauth2"):
-            oauth2 = wrong.value(
-                lambda: self._oauth2(sender.smtp.oauth2, endpoint, provider), dict[str, Any]()
-            )
-        wrong.raise_any()
-        if endpoint is None:
-            raise AssertionError("an error was lost")
-        return {
-            "smtp_host": endpoint.host,
-            "smtp_port": endpoint.port,
-            "smtp_security": endpoint.security,
-            "smtp_username": endpoint.username or None,
-            "smtp_password": self._encrypted(endpoint.password),
-            "smtp_ca": endpoint.ca or None,
-            "oauth2": oauth2,
-        }
-
-    def _endpoint(self, asked: sender_pb2.SmtpEndpoint) -> tuple[Endpoint, PresetProvider | None]:
-        """Return the endpoint, and the provider of its preset.
-
-        Raises:
-            InvalidInput: SMTP_ENDPOINT_INVALID.
-        """
-        wrong = Violations()
-        # A preset that is wrong would have filled in what is not set: with any other's values, only
-        # wrong ones are named.
-        provider = wrong.value(
-            lambda: provider_of("sender.smtp.preset", asked.preset), PROVIDERS[SmtpPreset.GMAIL]
-        )
-        host, port, security = complete_address(provider, asked.host, asked.port, asked.security)
-        with wrong:
-            endpoint = senders.check_endpoint(
-                "sender.smtp",
-                host,
-                port,
-                security=security,
-                username=asked.username,
-                password=asked.password,
-                ca=asked.ca_certificates,
-            )
-            refusal = self.verifier.egress.ports.refusal(endpoint.port)
-            if refusal:
-                raise InvalidInput.field(
-                    "sender.smtp.port", refusal, reason="SMTP_ENDPOINT_INVALID"
-                )
-        wrong.raise_any()
-        return endpoint, provider
-
-    def _oauth2(
-        self,
-        asked: sender_pb2.OAuth2Credentials,
-        endpoint: Endpoint | None,
-        provider: PresetProvider | None,
-    ) -> _Columns:
-        given = OAuth2Credentials(
-            asked.token_url,
-            asked.client_id,
-            asked.client_secret,
-            asked.refresh_token,
-            asked.scope,
-            asked.tenant,
-        )
-        checked = check_credentials("sender.smtp", given, endpoint, provider)
-        return {
-            "token_url": checked.token_url,
-            "client_id": checked.client_id,
-            "scope": checked.scope,
-            "client_secret": self._encrypted(checked.client_secret),
-            "refresh_token": self._encrypted(checked.refresh_token),
-        }
-
-    def _encrypted(self, secret: str) -> bytes | None:
-        return self._secrets.encrypt(secret) if secret else None
-
-    def _hourly_limit(self, sender: sender_pb2.Sender) -> _Columns:
-        limit = sender.hourly_limit if sender.HasField("hourly_limit") else None
-        default = self._settings.default_hourly_limit
-        return {"hourly_limit": senders.check_hourly_limit("sender.hourly_limit", limit, default)}
-
-    def _min_gap(self, sender: sender_pb2.Sender) -> _Columns:
-        gap = whole_ms(sender.min_gap, "sender.min_gap") if sender.HasField("min_gap") else None
-        return {"min_gap_ms": senders.check_min_gap("sender.min_gap", gap, self._settings.min_gap)}
-
-    def _max_in_flight(self, sender: sender_pb2.Sender) -> _Columns:
-        most = sender.max_in_flight if sender.HasField("max_in_flight") else None
-        return {"max_in_flight": senders.check_max_in_flight("sender.max_in_flight", most)}
-
-    def _sending_hours(self, sender: sender_pb2.Sender) -> _Columns:
-        if not sender.HasField("sending_hours"):
-            return {"sending_hours": None}
-        asked = sender.sending_hours
-        hours = senders.check_sending_hours(
-            "sender.sending_hours",
-            asked.weekdays,
-            asked.start,
-            asked.end,
-            asked.time_zone,
-        )
-        return {"sending_hours": hours.to_text()}
-
-
-# What UpdateSender cannot change, and the methods that can.
-_UNCHANGEABLE: Final = {
-    "state": "use PauseSender or ResumeSender",
-    "user_id": "a sender stays with its user",
-}
-
-
-def _check_unchangeable(asked: sender_pb2.Sender, present: sender_pb2.Sender) -> None:
-    """Check that a request without a mask, such as a changed copy, changes no other field.
-
-    Raises:
-        InvalidInput: UPDATE_MASK_INVALID.
-    """
-    for name, hint in _UNCHANGEABLE.items():
-        given = getattr(asked, name)
-        if given and given != getattr(present, name):
-            raise InvalidInput.field(
-                f"sender.{name}", f"cannot be changed here; {hint}", reason="UPDATE_MASK_INVALID"
-            )
 
 
 def _target(record: storage.SenderRecord) -> str:
