@@ -9,10 +9,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import msgpack
 from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError
 
+from outbox_server.shared.queue.arguments import (
+    due_arg,
+    head_arg,
+    load_cost,
+    ms,
+    pack,
+    settlement_arg,
+    user_arg,
+)
 from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_change
 from outbox_server.shared.queue.clock_difference import ClockDifference
 from outbox_server.shared.queue.following import FollowingClient
@@ -20,12 +28,9 @@ from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from outbox_server.shared.queue.limiter_state import LimiterState, limiter_state_of
 from outbox_server.shared.queue.parts import parts_by_cost
 from outbox_server.shared.queue.records import (
-    ActiveLease,
     Claim,
     Claimed,
-    Contact,
     Head,
-    PastEnd,
     ReadyJobs,
     RebuildEnd,
     Settlement,
@@ -41,13 +46,10 @@ HEAD_SIZE = 112
 # A head with fewer jobs is loaded again while the rest of it is being sent.
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
-_MILLISECOND = timedelta(milliseconds=1)
 # The waits before the probes of an open circuit if the operator's backoff is empty.
 DEFAULT_BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 # The largest share of a wait that is added to it at random.
 _JITTER = 0.1
-# The reason of a circuit is the server's reply, cut to this many characters.
-_MAX_REASON = 200
 # Senders of which `count_ready_jobs` counts the jobs, about 10 us each.
 _MOST_EXAMINED = 200
 # How long one script of a load may block Redis, in us. A longer history is loaded by itself.
@@ -58,102 +60,6 @@ _REBUILD_LOCK = timedelta(seconds=10)
 
 class QueueFullError(OutOfMemoryError):
     """Redis is out of memory: known senders continue, and new ones must wait."""
-
-
-def _contact(settlement: Settlement) -> str:
-    if settlement.contact in (Contact.FAILED, Contact.AUTH_FAILED):
-        return settlement.contact + settlement.connection_error[:_MAX_REASON]
-    return settlement.contact
-
-
-def _cooldown(settlement: Settlement) -> int | None:
-    """Return the ms to the next probe, as settle.lua reads them. A time that is over is 1 ms."""
-    if settlement.cooldown is None:
-        return None
-    return max(1, _ms(settlement.cooldown)) if settlement.cooldown else 0
-
-
-def _settlement_arg(settlement: Settlement) -> bytes:
-    """Return the map that settle.lua describes."""
-    next_job = settlement.next_job
-    fields = {
-        "sender": str(settlement.sender_id),
-        "member": member_of(settlement.job),
-        "user": settlement.user,
-        "kind": settlement.use.value,
-        "age": _ms(settlement.age),
-        "lease": settlement.lease_ms,
-        "next_member": None if next_job is None else member_of(next_job),
-        "next_due": settlement.next_due_ms,
-        "contact": _contact(settlement),
-        "before_mail": settlement.before_mail,
-        "cooldown": _cooldown(settlement),
-    }
-    return _pack(fields)
-
-
-def _head_arg(head: Head) -> bytes:
-    """Return the map that load_head.lua describes."""
-    opens, closes = head.opening or (0, "inf")
-    fields = {
-        "sender": str(head.sender_id),
-        "limit": head.hourly_limit,
-        "gap": _ms(head.gap),
-        "flight": head.max_in_flight,
-        "state": 1 if head.active else 2,
-        "horizon": head.jobs[-1][1] if head.more and head.jobs else "inf",
-        "user": head.user,
-        "limited": head.user_limited,
-        "endpoint": head.endpoint,
-        "revision": str(head.revision),
-        "jobs": _due(head.jobs),
-        "ends": _ends(head.ends),
-        "leases": _leases(head.leases),
-        "opens": opens,
-        "closes": closes,
-        "cooldown": None if head.cooldown is None else max(1, _ms(head.cooldown)),
-        "paused": head.paused_until_ms,
-        "wake": None if head.wake is None else max(1, _ms(head.wake)),
-    }
-    return _pack(fields)
-
-
-def _due(jobs: Iterable[tuple[JobRef, int]]) -> str:
-    return " ".join([f"{member_of(job)} {due_ms}" for job, due_ms in jobs])
-
-
-def _load_cost(head: Head) -> int:
-    """Return about how many us Redis needs to load a head."""
-    return 80 + len(head.jobs) + len(head.ends)
-
-
-def _ends(ends: Iterable[PastEnd]) -> str:
-    return " ".join([f"{member_of(end.job)} {_ms(end.age)} {end.counted:d}" for end in ends])
-
-
-def _leases(leases: Iterable[ActiveLease]) -> str:
-    return " ".join([f"{member_of(one.job)} {_ms(one.left)}" for one in leases])
-
-
-def _user_arg(head: UserHead) -> bytes:
-    """Return the map that load_user.lua describes."""
-    fields = {
-        "user": head.user,
-        "limit": "" if head.hourly_limit is None else head.hourly_limit,
-        "gap": "" if head.gap is None else _ms(head.gap),
-        "ends": _ends(head.ends),
-        "leases": _leases(head.leases),
-    }
-    return _pack(fields)
-
-
-def _pack(fields: Mapping[str, object]) -> bytes:
-    packed: bytes = msgpack.packb(fields)
-    return packed
-
-
-def _ms(duration: timedelta) -> int:
-    return max(0, duration // _MILLISECOND)
 
 
 def is_provisional(life: str) -> bool:
@@ -194,11 +100,11 @@ class Queue:
         self.key_space = key_space
         self.shard = shard
         self.redis = redis
-        self._window = _ms(window)
-        self._lease = _ms(lease)
+        self._window = ms(window)
+        self._lease = ms(lease)
         self._backoff = tuple(backoff) or DEFAULT_BACKOFF
         self._auth_backoff = tuple(auth_backoff) or self._backoff
-        self._user_limits = f"{user_limits.hourly_limit} {_ms(user_limits.gap)}"
+        self._user_limits = f"{user_limits.hourly_limit} {ms(user_limits.gap)}"
         self._chance = chance
         self._on_change = on_change
         # The life that the last claim, load or `read_life` found. Empty before the first.
@@ -223,8 +129,8 @@ class Queue:
                 self._lease,
                 self._window,
                 LOW_WATER,
-                _ms(_LOAD_PATIENCE),
-                _pack(by_user) if by_user else "",
+                ms(_LOAD_PATIENCE),
+                pack(by_user) if by_user else "",
                 self._user_limits,
                 self._ahead.ms(),
             ),
@@ -276,10 +182,10 @@ class Queue:
         stretch = 1 + _JITTER * self._chance()
         args: list[Any] = [self._window]
         args += (
-            ",".join(str(_ms(wait * stretch)) for wait in backoff)
+            ",".join(str(ms(wait * stretch)) for wait in backoff)
             for backoff in (self._backoff, self._auth_backoff)
         )
-        args += map(_settlement_arg, settlements)
+        args += map(settlement_arg, settlements)
         unknown, changes = await self._run("settle", (self.keys.ready,), args)
         for *change, place in changes:
             self._report(change, settlements[place].server, settlements[place].smtp_code)
@@ -345,10 +251,10 @@ class Queue:
         """Apply heads that were read after `begin_load`. Returns the senders to read again."""
         again: list[int] = []
         async with self.redis.pipeline(transaction=False) as pipeline:
-            for part in parts_by_cost(heads, _load_cost, most=_LONGEST_LOAD):
+            for part in parts_by_cost(heads, load_cost, most=_LONGEST_LOAD):
                 args: list[Any] = [self._window]
                 for head in part:
-                    args += (epochs[head.sender_id], _head_arg(head))
+                    args += (epochs[head.sender_id], head_arg(head))
                 await self._scripts["load_head"](keys=[self.keys.ready], args=args, client=pipeline)
                 # Each part takes some ms of this process.
                 await asyncio.sleep(0)
@@ -369,7 +275,7 @@ class Queue:
         """
         args: list[Any] = [self._window, most]
         for sender_id, jobs in new.items():
-            args += (sender_id, _due(jobs))
+            args += (sender_id, due_arg(jobs))
         life, *unknown = await self._run("add_jobs", (self.keys.ready,), args)
         self._found(life)
         return list(map(int, unknown))
@@ -389,7 +295,7 @@ class Queue:
         """Apply limits that were read after `begin_user_loads`. Returns the users to read again."""
         again = []
         for head in heads:
-            args = (self._window, epochs[head.user], _user_arg(head))
+            args = (self._window, epochs[head.user], user_arg(head))
             if not await self._run("load_user", (self.keys.ready,), args):
                 again.append(head.user)
         return again
@@ -427,7 +333,7 @@ class Queue:
         It goes on where `last` ended.
         """
         after, skip = (0, 0) if last is None else (last.after, last.skip)
-        args = (after, skip, _ms(within), most)
+        args = (after, skip, ms(within), most)
         after, skip, more, members = await self._run("upcoming", (self.keys.ready,), args)
         return UpcomingJobs(
             tuple(job_of(member).job_id for member in members), more == 1, after, skip
@@ -468,7 +374,7 @@ class Queue:
 
     async def begin_life(self, token: str, life: str) -> bool:
         """Begin a new life, within a rebuild; False if Redis or the lock was lost."""
-        args = (token, life, _ms(_REBUILD_LOCK))
+        args = (token, life, ms(_REBUILD_LOCK))
         begun = await self._run("begin_life", (self.keys.ready, self.keys.rebuild), args)
         if begun:
             self.life = life
@@ -492,12 +398,12 @@ class Queue:
         """Take the lock of a rebuild and return its token. None: another rebuild is running."""
         token = secrets.token_hex(8)
         keys = (self.keys.ready, self.keys.generation, self.keys.rebuild)
-        taken = await self._run("begin_rebuild", keys, (token, _ms(_REBUILD_LOCK)))
+        taken = await self._run("begin_rebuild", keys, (token, ms(_REBUILD_LOCK)))
         return token if taken else None
 
     async def keep_rebuild(self, token: str) -> bool:
         """Extend the lock for the next part; False if Redis or the lock was lost."""
-        args = (token, _ms(_REBUILD_LOCK))
+        args = (token, ms(_REBUILD_LOCK))
         return bool(await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), args))
 
     async def give_up_rebuild(self, token: str) -> None:
@@ -514,7 +420,7 @@ class Queue:
 
         None means that a process began a part less than `pause` ago.
         """
-        last = await self._run("begin_patrol", (self.keys.ready,), (_ms(pause),))
+        last = await self._run("begin_patrol", (self.keys.ready,), (ms(pause),))
         return None if last is None else int(last)
 
     async def end_patrol(self, last_sender: int) -> None:
