@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.storage import changes as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
-from outbox_server.services.scheduler.storage.webhooks import remove_old_deliveries
+from outbox_server.services.scheduler.storage.webhook_deliveries import remove_old_deliveries
 from outbox_server.shared import bounds
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.events import removing

@@ -20,8 +20,9 @@ from google.protobuf.json_format import MessageToDict
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.metrics import WebhookMetrics
-from outbox_server.services.scheduler.storage import webhooks as storage
-from outbox_server.services.scheduler.storage.webhooks import DeliveryRecord, WebhookRecord
+from outbox_server.services.scheduler.storage import webhook_deliveries as storage
+from outbox_server.services.scheduler.storage.webhook_deliveries import DeliveryRecord
+from outbox_server.services.scheduler.storage.webhooks import LEASE, WebhookRecord
 from outbox_server.services.scheduler.webhook_posts import (
     PostResult,
     WebhookConnection,
@@ -130,7 +131,7 @@ class WebhookDelivery:
                 return _IDLE
             self._after = found[-1].webhook_id if len(found) == _LOOKED_AT else 0
             picked = self._pick([one for one in found if one.has_work], free)
-            claimed = await storage.claim(connection, picked, storage.LEASE) if picked else ()
+            claimed = await storage.claim(connection, picked, LEASE) if picked else ()
         for webhook in claimed:
             task = asyncio.create_task(self._work(webhook, horizon))
             self._working[task] = webhook

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from outbox_server.services.scheduler.storage import webhooks
+from outbox_server.services.scheduler.storage import webhook_deliveries
 from outbox_server.shared.events.storage import EventQuery, read_events
 
 _EVENTS = text(
@@ -34,7 +34,7 @@ async def test_one_users_events_cost_others_nothing(database_url: str) -> None:
                 " WHERE relname = 'job_events'"
             )
             before = await connection.scalar(fetched) or 0
-            found = await webhooks.find_work(connection, 0, 10**9, 10)
+            found = await webhook_deliveries.find_work(connection, 0, 10**9, 10)
             events = await read_events(connection, [EventQuery("quiet", 0)], 10**9, 10)
             read = (await connection.scalar(fetched) or 0) - before
         assert [one.has_work for one in found] == [False]

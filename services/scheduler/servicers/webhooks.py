@@ -23,9 +23,11 @@ from outbox_server.services.scheduler.servicers.calls import (
     check_mask,
     named_user,
 )
+from outbox_server.services.scheduler.storage import webhook_deliveries
 from outbox_server.services.scheduler.storage import webhooks as storage
 from outbox_server.services.scheduler.storage.senders import read_sender
-from outbox_server.services.scheduler.storage.webhooks import DeliveryRecord, WebhookRecord
+from outbox_server.services.scheduler.storage.webhook_deliveries import DeliveryRecord
+from outbox_server.services.scheduler.storage.webhooks import WebhookRecord
 from outbox_server.services.scheduler.webhook_posts import WebhookMessage, WebhookPoster
 from outbox_server.services.scheduler.webhooks import message_id, new_secret
 from outbox_server.shared import bounds
@@ -261,7 +263,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         )
         async with self._engine.connect() as connection:
             webhook = await self._found(connection, request.webhook_id, user_id)
-            found = await storage.list_deliveries(
+            found = await webhook_deliveries.list_deliveries(
                 connection, webhook.webhook_id, *page.after, page.limit
             )
         shown, token = page.cut(found, lambda one: (one.delivery_id,))
@@ -283,7 +285,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             connection: AsyncConnection,
         ) -> Made[webhook_service_pb2.RedeliverWebhookResponse]:
             webhook = await self._found(connection, request.webhook_id, user_id, lock=True)
-            count = await storage.redeliver(connection, webhook.webhook_id, delivery_id)
+            count = await webhook_deliveries.redeliver(connection, webhook.webhook_id, delivery_id)
             if one and not count:
                 raise not_found("webhook_delivery_id", one)
 
