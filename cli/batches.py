@@ -207,7 +207,7 @@ def update(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Change the templates, the headers or the times of the mail of a batch that is unsent.
+    """Change the templates, headers or times of a batch's unsent mail.
 
     $ outbox batches update $BATCH --subject 'Hello {{ first_name }}'
 

@@ -208,7 +208,7 @@ def cancel(
     email_job_id: Annotated[
         str,
         typer.Argument(
-            metavar="[EMAIL_JOB_ID]", show_default=False, help="Id from `outbox jobs list`."
+            metavar="EMAIL_JOB_ID", show_default=False, help="Id from `outbox jobs list`."
         ),
     ] = "",
     *,
@@ -298,7 +298,7 @@ def retry(
     email_job_ids: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[EMAIL_JOB_ID]...", show_default=False, help="Ids from `outbox jobs list`."
+            metavar="EMAIL_JOB_ID", show_default=False, help="Ids from `outbox jobs list`."
         ),
     ] = None,
     *,
@@ -346,7 +346,9 @@ def resolve(
     resolution: Annotated[
         Resolution,
         typer.Argument(
-            help="sent if the mail arrived, resend to send it again.", show_default=False
+            metavar="sent|resend",
+            help="sent if the mail arrived, resend to send it again.",
+            show_default=False,
         ),
     ],
     *,

@@ -216,7 +216,7 @@ def generate_encryption_key(output: Output = OutputFormat.TABLE) -> None:
 def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
     """Re-encrypt all stored secrets with the first key of OUTBOX_ENCRYPTION_KEYS.
 
-    Secrets are SMTP passwords, and the secrets and tokens of OAuth 2.0.
+    Secrets are SMTP passwords, the secrets and tokens of OAuth 2.0, and the secrets of webhooks.
 
     First put the new key before the old ones in every service, and restart the services.
     Afterwards, remove the old keys. If it is interrupted, run it again.

@@ -48,7 +48,11 @@ class OutboxGroup(LazyGroup):
             "Create, show, update, test, pause and delete senders.",
             _CLIENT,
         ),
-        "batches": Entry("outbox_server.cli.batches", "Show, watch and cancel batches.", _CLIENT),
+        "batches": Entry(
+            "outbox_server.cli.batches",
+            "Show, watch, pause, change and cancel batches.",
+            _CLIENT,
+        ),
         "jobs": Entry(
             "outbox_server.cli.jobs",
             "Show, watch, export, explain, cancel and retry e-mail jobs.",
@@ -84,7 +88,7 @@ class OutboxGroup(LazyGroup):
         ),
         "users": Entry(
             "outbox_server.cli.users",
-            "Show users, and change their quotas and sender domains.",
+            "Show users, and change their quotas, limits and sender domains.",
             _SERVICES,
         ),
         "settings": Entry(
@@ -169,7 +173,7 @@ def _outbox(
     ] = False,
     before: OptionsBeforeCommand,
 ) -> None:
-    """Schedules e-mail by gRPC and sends it by SMTP, within each sender's limits, losing none.
+    """Accepts e-mail by gRPC, and sends it by SMTP within each sender's limits. None is lost.
 
     [bold]outbox demo[/bold] shows how it works; [bold]outbox up[/bold] runs it on this machine.
     """

@@ -182,7 +182,7 @@ SkipLines = Annotated[
         "--skip-lines",
         parser=read_int32,
         metavar="N",
-        help="Lines before the header, such as a title (default: 0).",
+        help="Lines before the header, such as a title.",
     ),
 ]
 

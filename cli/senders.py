@@ -57,7 +57,7 @@ DryRun = Annotated[
 @app.command()
 @with_option_groups
 def create(
-    email: Annotated[str, typer.Option("--email", help="Address in From.")],
+    email: Annotated[str, typer.Option("--email", metavar="ADDRESS", help="Address in From.")],
     *,
     user: User = "",
     sender: SenderOptions,
@@ -144,7 +144,9 @@ def update(
     sender_id: SenderId,
     *,
     user: User = "",
-    email: Annotated[str | None, typer.Option("--email", help="Address in From.")] = None,
+    email: Annotated[
+        str | None, typer.Option("--email", metavar="ADDRESS", help="Address in From.")
+    ] = None,
     sender: SenderOptions,
     unset: Annotated[
         list[str] | None,
@@ -187,7 +189,9 @@ def update(
 def send_test(
     sender_id: SenderId,
     *,
-    recipient: Annotated[str, typer.Option("--recipient", help="Address of the mail.")],
+    recipient: Annotated[
+        str, typer.Option("--recipient", metavar="ADDRESS", help="Address of the mail.")
+    ],
     content: TemplateOptions,
     mail: HeaderOptions,
     column: Annotated[
@@ -318,7 +322,11 @@ def verify(
     user: User = "",
     recipient: Annotated[
         str,
-        typer.Option("--recipient", help="Address for RCPT (default: the sender's own address)."),
+        typer.Option(
+            "--recipient",
+            metavar="ADDRESS",
+            help="Address for RCPT (default: the sender's own address).",
+        ),
     ] = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,

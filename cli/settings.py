@@ -131,7 +131,8 @@ def set_settings(
     wait: Annotated[
         timedelta,
         duration_option(
-            "--wait", "How long to wait until the dispatchers have loaded the queue again; 0s: not."
+            "--wait",
+            "How long to wait until the dispatchers have loaded the queue again; 0s: do not wait.",
         ),
     ] = "1m",  # type: ignore[assignment]  # typer parses defaults
     output: Output = OutputFormat.TABLE,

@@ -105,7 +105,7 @@ def sender(
 def user_(
     user_id: Annotated[
         str,
-        typer.Argument(metavar="[USER_ID]", show_default=False, help="The user; or use --user."),
+        typer.Argument(metavar="USER_ID", show_default=False, help="The user; or use --user."),
     ] = "",
     *,
     user: User = "",

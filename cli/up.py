@@ -90,8 +90,8 @@ def up(
         Path | None,
         typer.Option(
             "--smtp-file",
-            help="File containing only the relay's URL, for one with a password "
-            "(smtp+starttls://user:password@host:port); - is stdin.",
+            help="The same in a file, which contains only the URL: required if the URL has a "
+            "password. - is stdin.",
         ),
     ] = None,
     gateway: Annotated[

@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 UserId = Annotated[
-    str, typer.Argument(metavar="[USER]", show_default=False, help="The user; or use --user.")
+    str, typer.Argument(metavar="USER", show_default=False, help="The user; or use --user.")
 ]
 UserOption = Annotated[
     str, typer.Option("--user", metavar="USER", help="The same as the argument.")
@@ -196,8 +196,9 @@ def set_(
         list[str] | None,
         typer.Option(
             "--domain",
-            help="Domain that the user may send from, or *.DOMAIN for those below it; repeat it. "
-            "Replaces all domains.",
+            metavar="DOMAIN",
+            help="Domain that the user may send from, or *.DOMAIN for those below it. "
+            "Repeatable. Replaces all domains.",
         ),
     ] = None,
     no_domains: Annotated[
