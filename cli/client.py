@@ -95,8 +95,13 @@ class Address:
         start = f"start the {self.title} there"
         if self.origin in (_DEFAULT, str(ENDPOINTS)):
             start = "start `outbox up` in this folder"
+        return f"{start}, or {self.correction}"
+
+    @property
+    def correction(self) -> str:
+        """The advice if the address is wrong."""
         name = self.origin if self.origin.startswith("OUTBOX_") else "--server"
-        return f"{start}, or name the address of the {self.title} with {name}"
+        return f"name the address of the {self.title} with {name}"
 
 
 def find_address(service: str, server: str | None) -> Address:
@@ -297,10 +302,17 @@ def _about_no_answer(address: Address, tls: Tls | None) -> str:
     found = _HOST_PORT.fullmatch(address.target)
     if found is None:  # Another form of address, such as unix:
         return f"no answer at {address}: {address.fix}"
-    target = Target(
-        found[1].strip("[]"), int(found[2]), address.title, tls, str(address), address.fix
+    return why_no_answer(
+        Target(
+            found[1].strip("[]"),
+            int(found[2]),
+            address.title,
+            tls,
+            str(address),
+            address.fix,
+            address.correction,
+        )
     )
-    return why_no_answer(target)
 
 
 def _about_unimplemented(error: CallError, address: Address, tls: Tls | None) -> str:
@@ -309,13 +321,14 @@ def _about_unimplemented(error: CallError, address: Address, tls: Tls | None) ->
     reason = f" ({error.reason})" if error.reason else ""
     if actual is None:
         return (
-            f"{address} is a gRPC server, but not an Outbox {address.title}{reason}: {address.fix}"
+            f"{address} is a gRPC server, but not an Outbox {address.title}{reason}: "
+            f"{address.correction}"
         )
     if actual != address.service:
         other = SERVERS[actual][0]
         return (
             f"{address} is the {other}, but this command needs the {address.title}{reason}: "
-            f"{address.fix}"
+            f"{address.correction}"
         )
     return (
         f"the {address.title} at {address} lacks the method of this command{reason}: "

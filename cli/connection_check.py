@@ -40,7 +40,10 @@ SERVERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server of a failed call. `at` is its address in messages, `fix` the advice."""
+    """The server of a failed call. `at` is its address in messages.
+
+    `fix` is the advice if no server is there, `correction` if the address must be wrong.
+    """
 
     host: str
     port: int
@@ -48,6 +51,7 @@ class Target:
     tls: Tls | None
     at: str
     fix: str
+    correction: str
 
 
 def why_no_answer(target: Target) -> str:
@@ -56,7 +60,7 @@ def why_no_answer(target: Target) -> str:
         with _connected(target):
             pass
     except socket.gaierror:
-        return f"the host name in {target.at} cannot be resolved: {target.fix}"
+        return f"the host name in {target.at} cannot be resolved: {target.correction}"
     except ConnectionRefusedError:
         return f"nothing listens at {target.at}: {target.fix}"
     except TimeoutError:
@@ -192,7 +196,10 @@ def _wrong_handshake(target: Target, tls: Tls, reason: str) -> str:
         return f"{target.at} does not use TLS: leave out --tls-ca and OUTBOX_TLS_CA"
     if received and not received.startswith(_TLS_ALERT):
         return _other_server(target, received)
-    return f"the TLS handshake with {target.at} failed: it may not be a gRPC server; {target.fix}"
+    return (
+        f"the TLS handshake with {target.at} failed: it may not be a gRPC server; "
+        f"{target.correction}"
+    )
 
 
 def _refused_client_certificate(target: Target, tls: Tls) -> str:
@@ -269,7 +276,7 @@ def _other_server(target: Target, received: bytes | None) -> str:
     else:
         shown = received[:_MAX_BYTES_SHOWN].decode("latin-1")
         found = f"is another kind of server (it sends {shown!r})"
-    return f"{target.at} {found}, so it is not an Outbox {target.title}: {target.fix}"
+    return f"{target.at} {found}, so it is not an Outbox {target.title}: {target.correction}"
 
 
 def _proxy_hint(target: Target) -> str:

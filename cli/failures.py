@@ -7,11 +7,21 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final
 
+import typer
+
 from outbox_server.cli.terminal import note
 from outbox_server.shared.errors import OutboxError
 
 # Whether the running command was called with `-o json`.
 as_json: Final[ContextVar[bool]] = ContextVar("as_json", default=False)
+# Phrases of typer's library for values, and ours. The longest first.
+_PHRASES: Final = {
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole "
+    "number",
+    "Input should be a valid number, unable to parse string as a number": "must be a number",
+    "Input should be": "must be",
+    "Value error, ": "",
+}
 
 
 def asks_for_json(words: Sequence[str]) -> bool:
@@ -45,6 +55,15 @@ def report(error: OutboxError) -> None:
         "metadata": error.metadata,
     }
     _print(document | getattr(error, "details", {}))
+
+
+def reword(error: typer.TyperException) -> None:
+    """Replace the library's phrases in the message of a wrong command line."""
+    message = getattr(error, "message", None)
+    if message:
+        for theirs, ours in _PHRASES.items():
+            message = message.replace(theirs, ours)
+        error.message = message  # type: ignore[attr-defined]  # of its subclasses
 
 
 def report_usage(message: str) -> None:

@@ -100,4 +100,4 @@ def forecast(
         request.planned_batch.CopyFrom(planned)
     with connection("stats", server) as client:
         found = client.stats.ForecastBatch(request)
-    show(found, output)
+    show(found, output, first="explanation")

@@ -84,6 +84,17 @@ def _filter(options: HeldOptions) -> HeldFilter:
     )
 
 
+def _named(options: HeldOptions, everything: bool) -> HeldFilter:
+    """Return the filter of a command that must say which jobs it means."""
+    found = _filter(options)
+    if found == HeldFilter() and not everything:
+        raise typer.BadParameter(
+            "say which jobs: --user, --sender, --batch, --due-after, --due-before or --state, "
+            "or --all for everything"
+        )
+    return found
+
+
 @app.callback()
 @with_option_groups
 def held(
@@ -147,7 +158,7 @@ def release(
 
     $ outbox held release --all
     """
-    request = pb.ReleaseHeldJobsRequest(filter=_filter(options), all=everything)
+    request = pb.ReleaseHeldJobsRequest(filter=_named(options, everything), all=everything)
     with connection("scheduler", server) as client:
         answer = client.holds.ReleaseHeldJobs(change.of(request))
     show(answer, output)
@@ -169,7 +180,7 @@ def cancel(
 
     $ outbox held cancel --user acme --due-before 2026-11-29T12:00:00Z
     """
-    request = pb.CancelHeldJobsRequest(filter=_filter(options), all=everything)
+    request = pb.CancelHeldJobsRequest(filter=_named(options, everything), all=everything)
     total = pb.CancelHeldJobsResponse()
     with connection("scheduler", server) as client:
         for answer in _until_done(client, request, change):

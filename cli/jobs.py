@@ -400,4 +400,4 @@ def explain(
         found = client.email_jobs.ExplainEmailJob(
             pb.ExplainEmailJobRequest(email_job_id=email_job_id, user_id=user)
         )
-    show(found, output)
+    show(found, output, first="explanation")

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as command_of
 
 from outbox_server.cli.client_options import add_connection_options, place_options
-from outbox_server.cli.failures import as_json, asks_for_json, report, report_usage
+from outbox_server.cli.failures import as_json, asks_for_json, report, report_usage, reword
 from outbox_server.cli.flags import remember_flags
 from outbox_server.shared.errors import ConfigurationError, OutboxError
 
@@ -110,6 +110,9 @@ class LazyGroup(TyperGroup):
         """Run the command. Our own errors become one line on stderr and an exit code."""
         try:
             return super().invoke(ctx)
+        except typer.TyperException as error:
+            reword(error)
+            raise
         except ModuleNotFoundError as error:
             library = (error.name or "").partition(".")[0]
             if library not in _EXTRAS:

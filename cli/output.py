@@ -97,12 +97,17 @@ def to_document(message: Message) -> dict[str, Any]:
     return document
 
 
-def show(message: Message, output: OutputFormat, *, without: Sequence[str] = ()) -> None:
-    """Print one message. The table has a row for each set field, except those in `without`."""
+def show(
+    message: Message, output: OutputFormat, *, without: Sequence[str] = (), first: str = ""
+) -> None:
+    """Print one message. The table has a row for each set field, except those in `without`.
+
+    `first` names the field that answers the user's question.
+    """
     if output is OutputFormat.JSON:
         print_json(to_document(message))
         return
-    rows = list(_fields(message, without))
+    rows = sorted(_fields(message, without), key=lambda row: row[0] != first)
     if rows:
         print_rows(("field", "value"), rows)
 

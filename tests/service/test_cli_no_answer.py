@@ -120,12 +120,15 @@ def asked(address: str, *options: str) -> str:
     return line
 
 
-FIX = "start the scheduler there, or name the address of the scheduler with --server"
+CORRECTION = "name the address of the scheduler with --server"
+FIX = f"start the scheduler there, or {CORRECTION}"
 
 
 def test_a_host_name_that_cannot_be_resolved_is_reported() -> None:
     address = "no-such-host.invalid:50051"
-    assert asked(address) == f"the host name in {address} (--server) cannot be resolved: {FIX}"
+    assert (
+        asked(address) == f"the host name in {address} (--server) cannot be resolved: {CORRECTION}"
+    )
 
 
 def test_a_port_without_a_listener_is_reported() -> None:
@@ -231,7 +234,7 @@ def test_an_http1_server_is_reported(certificate: Certificate, tls: bool) -> Non
     with listening(saying(HTTP1), server_context(certificate) if tls else None) as address:
         assert asked(address, *options) == (
             f"{address} (--server) is an HTTP/1 server, and gRPC needs HTTP/2, so it is not "
-            f"an Outbox scheduler: {FIX}"
+            f"an Outbox scheduler: {CORRECTION}"
         )
 
 
@@ -342,7 +345,7 @@ async def serving(*services: str) -> AsyncIterator[str]:
 async def test_another_service_at_the_address_is_reported(service: str, said: str) -> None:
     async with serving(service) as address:
         line = await asyncio.to_thread(asked, address)
-    assert line == f"{address} (--server) {said} (METHOD_NOT_FOUND): {FIX}"
+    assert line == f"{address} (--server) {said} (METHOD_NOT_FOUND): {CORRECTION}"
 
 
 async def test_a_server_older_than_the_command_is_reported() -> None:

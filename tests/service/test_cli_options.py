@@ -124,6 +124,13 @@ async def test_errors_are_json_on_stderr_if_the_output_is(scheduler: Scheduler) 
     usage = error_of(await outbox("senders", "list", "--bogus", "-o", "json"), exit_code=2)
     assert usage["reason"] == "USAGE_ERROR"
     assert "--bogus" in usage["message"]
+    usage = error_of(await outbox("jobs", "list", "--page-size", "x", "-o", "json"), exit_code=2)
+    assert "Input should" not in usage["message"]
+    usage = error_of(await outbox("drill", "--stores", "x", "-o", "json"), exit_code=2)
+    one_of = "'x' is not one of 'single', 'cluster'."
+    assert usage["message"] == f"Invalid value for '--stores': {one_of}"
+    usage = error_of(await outbox("held", "release", "-o", "json"), exit_code=2)
+    assert "--batch" in usage["message"]
     usage = error_of(await outbox("--user", "u", "-o", "json", "migrate"), exit_code=2)
     assert "no such option" in usage["message"]
 
