@@ -93,3 +93,21 @@ def test_the_services_of_one_host_have_different_health_ports() -> None:
     listening = [(UNITS / f"{name}.env").read_text().splitlines()[-1] for name in SERVICES]
     assert len(set(listening)) == len(SERVICES)
     assert all(line.startswith("OUTBOX_HEALTH_LISTEN=127.0.0.1:") for line in listening)
+
+
+def test_the_ports_of_the_services_are_reserved() -> None:
+    """The kernel gives them to no outgoing connection, so that a restart finds them free."""
+    text = (UNITS / "60-outbox.conf").read_text(encoding="utf-8")
+    reserved: set[int] = set()
+    for part in re.sub(r".*= ", "", text.splitlines()[-1]).split(","):
+        first, _, last = part.partition("-")
+        reserved |= {*range(int(first), int(last or first) + 1)}
+    used = {
+        int(str(field.default).rpartition(":")[2])
+        for name, field in Settings.model_fields.items()
+        if name in ("scheduler_listen", "dispatcher_listen", "stats_listen")
+    }
+    for file in UNITS.glob("*.env"):
+        used |= {int(port) for port in re.findall(r"_LISTEN=\S+:(\d+)", file.read_text())}
+    assert len(used) == 6
+    assert used <= reserved
