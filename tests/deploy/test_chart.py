@@ -198,6 +198,10 @@ def test_the_pod_outlives_the_grace_of_its_service(name: str) -> None:
     for component in SERVICES:
         spec = pod_of(resources, component)["spec"]
         assert spec["terminationGracePeriodSeconds"] == grace + 15
+        # Behind an address that callers share, it serves until all nodes know that it ends.
+        hook = spec["containers"][0].get("lifecycle", {"preStop": {"exec": {"command": ()}}})
+        pause = () if component == "dispatcher" else ["sleep", "5"]
+        assert hook["preStop"]["exec"]["command"] == pause
     assert name == "full" or grace == 30
 
 

@@ -40,6 +40,14 @@ spec:
         - name: metrics
           containerPort: 9090
         {{- end }}
+      {{- if ne .component "dispatcher" }}
+      # An idle service ends within a second of SIGTERM. First let the nodes learn that no new
+      # connection may go to this pod. Nobody reaches a dispatcher by a shared address.
+      lifecycle:
+        preStop:
+          exec:
+            command: [sleep, "5"]
+      {{- end }}
       # The start takes seconds: Python and its libraries are loaded.
       startupProbe:
         grpc: {port: 50060, service: liveness}
