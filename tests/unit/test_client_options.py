@@ -13,6 +13,7 @@ from outbox_server.cli.client_options import CONNECTION_PANEL, place_options
 from outbox_server.cli.failures import asks_for_json
 from tests.command_tree import ALL, NOT_CLIENTS, command, flags
 from tests.contract_methods import contract_methods
+from tests.for_each import for_each
 
 CONNECTION = {"--server", "--api-key-file", "--tls-ca", "--tls-cert", "--tls-key", "--timeout"}
 
@@ -32,8 +33,9 @@ def code_of(found: Any) -> Any:
             yield function.__code__
 
 
-@pytest.mark.parametrize(("path", "found"), ALL, ids=[path for path, _ in ALL])
-def test_a_command_that_connects_has_all_options_of_a_client(path: str, found: Any) -> None:
+@for_each(ALL)
+def test_a_command_that_connects_has_all_options_of_a_client(case: tuple[str, Any]) -> None:
+    path, found = case
     connects = "--server" in flags(found) and path not in NOT_CLIENTS
     assert not connects or flags(found) >= CONNECTION
     if connects:
@@ -57,8 +59,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("found", [pytest.param(found, id=path) for path, found in ALL])
-def test_a_command_that_changes_something_passes_on_who_and_why(found: Any) -> None:
+@for_each(ALL)
+def test_a_command_that_changes_something_passes_on_who_and_why(case: tuple[str, Any]) -> None:
+    _, found = case
     if "--server" not in flags(found):
         return
     names = {name for code in code_of(found) for name in code.co_names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
+from tests.for_each import for_each
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -23,7 +23,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in words}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@for_each(PAGES)
 def test_every_link_on_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
     for path, anchor in _LINK.findall(page.read_text(encoding="utf-8")):
         target = page.parent / path if path else page
@@ -31,7 +31,7 @@ def test_every_link_on_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@for_each(PAGES)
 def test_every_path_on_a_page_exists(page: Path) -> None:
     paths = set(_PATH.findall(page.read_text(encoding="utf-8"))) - _GENERATED
     assert {path for path in paths if not (ROOT / path).exists()} == set()

@@ -16,6 +16,7 @@ from outbox_server.deploy.drill.plan import (
     Fault,
     plan,
 )
+from tests.for_each import for_each
 
 PROCESSES = {"dispatcher": 4, "scheduler": 2, "stats": 2}
 
@@ -36,7 +37,7 @@ def test_the_same_seed_gives_the_same_faults_at_the_same_times() -> None:
     ]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each(range(20))
 def test_all_kinds_of_fault_occur_about_equally_often(seed: int) -> None:
     faults = plan(seed, 900, tuple(KINDS), PROCESSES)
     for kinds in (CARDS, OUTAGES):
@@ -51,7 +52,7 @@ def test_every_variant_of_a_kind_occurs_in_a_long_drill(name: str) -> None:
     assert {fault.variant for fault in several} == set(KINDS[name].variants)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each(range(20))
 def test_a_long_enough_drill_has_one_outage_at_a_time(seed: int) -> None:
     names = tuple(OUTAGES)
     assert plan(seed, 60, names, PROCESSES) == []
@@ -64,7 +65,7 @@ def test_a_long_enough_drill_has_one_outage_at_a_time(seed: int) -> None:
     assert last.at + last.lasts <= 880
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each(range(20))
 def test_no_two_faults_hit_the_same_target_at_once(seed: int) -> None:
     ends: dict[tuple[str, int], float] = defaultdict(float)
     faults = plan(seed, 300, tuple(KINDS), PROCESSES)
@@ -87,7 +88,7 @@ def test_a_drill_of_a_few_seconds_has_the_requested_faults() -> None:
     assert plan(1, 60, (), PROCESSES) == []
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each(range(20))
 def test_a_drill_has_rolling_restarts_from_its_start_on(seed: int) -> None:
     names = tuple(ROLLOUTS)
     for minutes, least in ((0.2, 1), (1, 1), (10, 5)):
@@ -103,7 +104,7 @@ def test_a_drill_has_rolling_restarts_from_its_start_on(seed: int) -> None:
     assert [fault for fault in with_rollouts if fault.name not in planned] == others
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each(range(20))
 def test_faults_of_the_stores_come_one_by_one_and_equally_often(seed: int) -> None:
     found = plan(seed, 600, tuple(STORES), PROCESSES)
     counts = Counter(fault.name for fault in found)
@@ -113,7 +114,7 @@ def test_faults_of_the_stores_come_one_by_one_and_equally_often(seed: int) -> No
     assert all(later.at - fault.at >= 14 for fault, later in itertools.pairwise(found))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each(range(20))
 def test_operations_come_one_by_one_and_leave_time_for_their_effect(seed: int) -> None:
     assert plan(seed, 60, tuple(OPERATIONS), PROCESSES)
     found = plan(seed, 600, tuple(OPERATIONS), PROCESSES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -111,14 +112,11 @@ def test_a_template_sees_only_the_row(name: str) -> None:
         "{% cycle x, 'b' %}",
     ],
 )
-@pytest.mark.parametrize(
-    "value",
-    ["<script>", "&lt;script&gt;", "%3Cscript%3E", "PHNjcmlwdD4=", "<<b>script>", "a,<script>"],
-)
-def test_no_cell_becomes_markup(source: str, value: str) -> None:
-    try:
-        html = BatchTemplate.compile("s", None, source).render({"x": value}).html
-    except RenderError:
-        return
-    assert html is not None
-    assert "<script" not in html
+def test_no_cell_becomes_markup(source: str) -> None:
+    template = BatchTemplate.compile("s", None, source)
+    values = ("<script>", "&lt;script&gt;", "%3Cscript%3E", "PHNjcmlwdD4=", "<<b>script>")
+    for value in (*values, "a,<script>"):
+        with suppress(RenderError):
+            html = template.render({"x": value}).html
+            assert html is not None, value
+            assert "<script" not in html, value

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from outbox_server.shared.smtp.replies import Meaning, Phase, Reply, ReplyRules, split_enhanced_code
 from outbox_server.shared.states import ReplyClass
+from tests.for_each import for_each
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "providers.md"
 # | limit | `CODE text` | at | `CLASS`[, daily] |
@@ -68,7 +67,7 @@ def test_every_row_with_a_reply_is_read() -> None:
     assert [row.line for row in ROWS] == numbers
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"line {row.line}: {row.reply[:40]}")
+@for_each(ROWS, lambda row: f"line {row.line}: {row.reply[:40]}")
 def test_the_classes_on_the_page_match_the_rules(row: Row) -> None:
     enhanced, text = split_enhanced_code(row.code, row.reply)
     found = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -18,6 +19,7 @@ from outbox_server.shared.smtp.replies import (
 )
 from outbox_server.shared.smtp.reply_rule_file import built_in_rules
 from outbox_server.shared.states import ReplyClass
+from tests.for_each import for_each
 from tests.real_replies import OF_REAL_SERVERS, OF_THE_TABLE, RealReply
 
 BUILT_IN = ReplyRules.load("")
@@ -48,19 +50,19 @@ def row_id(row: RealReply) -> str:
     return f"{row.server} {row.phase} {row.said[:40]!a}"
 
 
-@pytest.mark.parametrize("row", OF_THE_TABLE, ids=row_id)
+@for_each(OF_THE_TABLE, row_id)
 def test_the_examples_in_the_table_of_classes_have_their_class(row: RealReply) -> None:
     assert BUILT_IN.meaning(row.reply()) == Meaning(row.expected, daily=row.daily)
 
 
-@pytest.mark.parametrize("row", OF_REAL_SERVERS, ids=row_id)
+@for_each(OF_REAL_SERVERS, row_id)
 def test_a_reply_of_a_real_server_has_its_class(row: RealReply) -> None:
     found = BUILT_IN.meaning(row.reply())
 
     assert found == Meaning(row.expected, daily=row.daily), f"decided by rule {found.rule!r}"
 
 
-@pytest.mark.parametrize("name", BUILT_IN.names)
+@for_each(BUILT_IN.names)
 def test_removing_any_built_in_rule_changes_the_class_of_a_real_reply(name: str) -> None:
     others = ReplyRules(rule for rule in built_in_rules() if rule.name != name)
 
@@ -122,12 +124,17 @@ def test_a_refusal_of_the_next_mail_concerns_the_session(phase: Phase, code: int
     assert meaning(phase, code, earlier=99).reply_class is ReplyClass.SESSION
 
 
-@pytest.mark.parametrize("phase", TRANSACTION)
-@pytest.mark.parametrize("code", [450, 451, 452, 503, 550, 554])
-@pytest.mark.parametrize("text", ["Mails per session exceeded", "Only 5 per Connection"])
+@for_each(
+    itertools.product(
+        TRANSACTION,
+        (450, 451, 452, 503, 550, 554),
+        ("Mails per session exceeded", "Only 5 per Connection"),
+    )
+)
 def test_a_session_limit_applies_only_to_a_connection_that_has_carried_mail(
-    phase: Phase, code: int, text: str
+    case: tuple[Phase, int, str],
 ) -> None:
+    phase, code, text = case
     assert meaning(phase, code, text=text, earlier=5).reply_class is ReplyClass.SESSION
     assert meaning(phase, code, text=text).reply_class is meaning(phase, code).reply_class
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from outbox_server.shared.forecast.simulation import Bound, JobGroup, Limiter, Sends, simulate
 from outbox_server.shared.forecast.user_shares import UserLimiter, share_of
+from tests.for_each import for_each
 
 SECOND = 1_000_000
 WINDOW = 3_600 * SECOND
@@ -40,7 +39,7 @@ def starts_in_turns(limiter: Limiter, user: UserLimiter, past: list[int], mails:
     return starts[:mails]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@for_each(range(60))
 def test_a_forecast_for_the_last_in_turn_equals_turns_mail_by_mail(seed: int) -> None:
     draw = random.Random(seed)
     senders = draw.choice([1, 1, 2, 3])

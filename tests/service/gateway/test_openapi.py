@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from schemathesis import openapi
 
+from outbox_server.deploy.contract import read_descriptors, services_of
+from outbox_server.deploy.envoy.files import openapi_text
 from tests.gateway_stack import GatewayStack
 
 CHECKS = (
@@ -68,6 +71,15 @@ def schemathesis(
         text=True,
         check=False,
     )
+
+
+def test_the_document_is_valid_and_has_every_url() -> None:
+    descriptors = read_descriptors()
+    schema = openapi.from_dict(json.loads(openapi_text(descriptors)))
+    assert schema.validate() is None
+    methods = [method for service in services_of(descriptors) for method in service.methods]
+    urls = [url for method in methods for url in method.urls]
+    assert len(list(schema.get_all_operations())) == len(urls) > 35
 
 
 def test_an_answer_that_differs_from_the_document_is_found(
