@@ -63,7 +63,7 @@ def reword(error: typer.TyperException) -> None:
     if message:
         for theirs, ours in _PHRASES.items():
             message = message.replace(theirs, ours)
-        error.message = message  # type: ignore[attr-defined]  # of its subclasses
+        setattr(error, "message", message)  # noqa: B010 - only its subclasses have it
 
 
 def report_usage(message: str) -> None:

@@ -46,7 +46,7 @@ class FieldLimit:
     hint: str = ""
 
     def error(self, path: str, got: int, *, at_least: bool = False) -> OutboxError:
-        """Return the error for the field at `path`, which has `got` units, or `at_least` this many."""
+        """Return the error for the field at `path`, which has `got` units (`at_least`: or more)."""
         has = f"at least {got:,}" if at_least else f"{got:,}"
         wrong = f"must have at most {self.most:,} {self.unit.value} (got {has}){self.hint}"
         if self.exhausted:
