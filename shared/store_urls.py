@@ -6,6 +6,8 @@ No text of this module contains a part of a URL that may be a secret.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Final
 
 _PARTS: Final = re.compile(
@@ -47,6 +49,18 @@ def check_redis_url(url: str) -> str:
     if parts["scheme"] in ("redis", "rediss") and number and not number.isdecimal():
         raise ValueError(f"the path must be the number of a database, such as /0: {REDIS_FORM}")
     return url
+
+
+def check_named_files(parameters: Mapping[str, str], names: Iterable[str]) -> None:
+    """Check that the files and folders exist which these parameters name.
+
+    Raises:
+        ValueError: one does not; the text has its parameter and its path.
+    """
+    for name in names:
+        path = parameters.get(name)
+        if path and not Path(path).exists():
+            raise ValueError(f"{name} must be a file that exists (got {path[:200]!r})")
 
 
 def place_of(url: str) -> str:

@@ -18,6 +18,7 @@ from psycopg import conninfo, sql
 from psycopg.pq import TransactionStatus
 from psycopg.raw_cursor import RawCursorMixin
 
+from outbox_server.shared.database.url_parameters import check_parameters
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.store_urls import DATABASE_FORM, check_database_url
 
@@ -60,13 +61,15 @@ def parse_target(url: str) -> DatabaseTarget:
     """Return the target of a URL of libpq, with several hosts if need be.
 
     Raises:
-        ConfigurationError: it is malformed; the text does not contain it, as it has a password.
+        ConfigurationError: it is malformed, or has a wrong parameter; the text does not contain it,
+            as it has a password.
     """
     try:
         check_database_url(url)
         rest, given, after = _split_prepare(url)
         # libpq knows the scheme without the name of a driver.
         found = conninfo.conninfo_to_dict(re.sub(r"^\w+(\+\w+)?://", "postgresql://", rest))
+        check_parameters(found)
     except ValueError as error:
         raise ConfigurationError(f"{_VARIABLE}: {error}") from None
     except psycopg.ProgrammingError as error:

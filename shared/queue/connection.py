@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
-from urllib.parse import parse_qsl
 
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -21,6 +19,7 @@ from outbox_server.shared.queue.following import FollowingClient, FollowingPool
 from outbox_server.shared.queue.keys import ShardKeys
 from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
 from outbox_server.shared.queue.sentinel import connect_by_sentinel
+from outbox_server.shared.queue.url_parameters import check_files, check_parameters
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.store_urls import REDIS_FORM
@@ -32,16 +31,6 @@ _CONNECT_LIMIT_S = 2.0
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
 
 _OF_TCP = ("socket_keepalive", "socket_keepalive_options")
-# The parameters of the URL of one server, besides those of TLS. They change nothing of what a call
-# returns. Nothing is retried, whatever `retry_on_timeout` says.
-_PARAMETERS = frozenset(
-    (
-        *("db", "username", "password", "client_name", "protocol", "health_check_interval"),
-        *("socket_timeout", "socket_connect_timeout", "socket_keepalive", "socket_read_size"),
-        "retry_on_timeout",
-    )
-)
-
 # The errors of calls when Redis is unreachable, slow or out of memory.
 QUEUE_ERRORS = (RedisError, OSError)
 
@@ -53,7 +42,7 @@ def connect(settings: Settings, *, listening: bool = False) -> FollowingClient:
     the client of the first shard, and `client_of` returns those of the others.
 
     Raises:
-        ConfigurationError: the URL is malformed, or has a parameter that redis-py does not know.
+        ConfigurationError: the URL is malformed, or has a wrong parameter.
     """
     options: dict[str, Any] = {
         "decode_responses": True,
@@ -64,19 +53,23 @@ def connect(settings: Settings, *, listening: bool = False) -> FollowingClient:
         "retry": Retry(NoBackoff(), 0),
         "max_connections": None if listening else 100,
     }
+    check_files(settings.redis_url)
     if settings.redis_url.startswith(sentinel.SCHEMES):
         return connect_by_sentinel(settings.redis_url, options)
     if settings.redis_url.startswith(cluster.SCHEMES):
         return connect_to_cluster(settings.redis_url, options)
-    _refuse_unknown(settings.redis_url)
+    check_parameters(settings.redis_url)
     if settings.redis_url.startswith("unix://"):
         options = {name: value for name, value in options.items() if name not in _OF_TCP}
     try:
         pool: Any = FollowingPool.from_url(settings.redis_url, **options)
         # Only a connection object shows which values redis-py accepts. It does not connect.
         pool.make_connection()
-    except (ValueError, TypeError, RedisError) as error:
-        raise ConfigurationError(f"OUTBOX_REDIS_URL: {_cause(error)}") from None
+    except (ValueError, TypeError, RedisError):
+        # Its text may have the password.
+        raise ConfigurationError(
+            f"OUTBOX_REDIS_URL: redis-py does not accept it; write {REDIS_FORM}"
+        ) from None
     return FollowingClient(pool)
 
 
@@ -92,25 +85,6 @@ async def nodes_of(redis: FollowingClient) -> Sequence[FollowingClient]:
         redis.exceptions.RedisError: the nodes of a cluster cannot be found.
     """
     return await redis.nodes() if isinstance(redis, ClusterClient) else [redis]
-
-
-def _refuse_unknown(url: str) -> None:
-    """Refuse parameters that would change how this client works, and those that do not exist.
-
-    Raises:
-        ConfigurationError: the URL has one.
-    """
-    for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True):
-        if name not in _PARAMETERS and not name.startswith("ssl_"):
-            raise ConfigurationError(f"OUTBOX_REDIS_URL: unknown parameter {name[:50]!r}")
-
-
-def _cause(error: Exception) -> str:
-    """Return what is wrong, without the URL, which may have a password."""
-    unknown = re.search(r"unexpected keyword argument '(\w{1,50})'", str(error))
-    if unknown:
-        return f"unknown parameter {unknown[1]!r}"
-    return f"redis-py does not accept it; write {REDIS_FORM}"
 
 
 def _auth_backoff(backoff: Sequence[timedelta]) -> tuple[timedelta, ...]:

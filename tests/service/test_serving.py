@@ -250,11 +250,21 @@ async def test_unreachable_stores_are_logged_with_their_place_and_without_secret
     assert "Traceback" not in dispatcher.log()
 
 
-@pytest.mark.parametrize("service", ["scheduler", "dispatcher", "stats"])
-async def test_a_malformed_url_ends_the_start_with_one_line(service: str, tmp_path: Path) -> None:
-    values = options("postgresql://outbox:hunter2@db:54a2/outbox", "redis://x/0", "smtp://x:9")
+@pytest.mark.parametrize(
+    ("service", "url", "redis_url", "complaint"),
+    [
+        ("scheduler", "db:54a2/outbox", "x/0", "DATABASE_URL: has a port that is not a number"),
+        ("dispatcher", "db/outbox?sslmode=bogus", "x/0", "DATABASE_URL: sslmode must be one of"),
+        ("stats", "db/outbox?connect_timeout=abc", "x/0", "DATABASE_URL: connect_timeout must be"),
+        ("scheduler", "db/outbox", "x/0?socket_timeout=5s", "REDIS_URL: socket_timeout must be"),
+    ],
+)
+async def test_a_malformed_url_ends_the_start_with_one_line(
+    service: str, url: str, redis_url: str, complaint: str, tmp_path: Path
+) -> None:
+    values = options(f"postgresql://outbox:hunter2@{url}", f"redis://{redis_url}", "smtp://x:9")
     async with process(values, tmp_path / "log", service) as child:
         assert await child.exit_code() == 2
     (line,) = child.log().splitlines()
-    assert line.startswith("OUTBOX_DATABASE_URL: has a port that is not a number")
+    assert line.startswith(f"OUTBOX_{complaint}")
     assert "hunter2" not in line
