@@ -24,16 +24,18 @@ from outbox_server.shared.database.models import (
     EmailJob,
     HeadMarker,
     Heartbeat,
+    JobEvent,
     ShardLife,
 )
 
-# The tables without which no mail is sent: dispatchers use them to load heads and to mark mails.
+# The tables without which no mail is sent: dispatchers use them to load heads and to mark mails,
+# and a trigger writes an event for each outcome.
 OF_EACH_MAIL: Final = frozenset(
     (
         *("agreed_settings", "attempts", "batch_cancellations", "batches", "cooldowns"),
         *("count_deltas", "email_jobs", "erasure_key", "head_markers", "heartbeat", "held_sends"),
-        *("hold", "hold_releases", "job_change_blocks", "job_changes", "oauth2_credentials"),
-        *("senders", "shard_lives", "suppressions", "users"),
+        *("hold", "hold_releases", "job_change_blocks", "job_changes", "job_events"),
+        *("oauth2_credentials", "senders", "shard_lives", "suppressions", "users"),
     )
 )
 # How long the check of the other tables waits for a lock.
@@ -57,7 +59,7 @@ def _columns(*, of_each_mail: bool) -> Select[Any]:
 
 def _of_each_mail() -> Select[Any]:
     changes = (
-        *(_insert(each) for each in (Attempt, CountDelta, HeadMarker, Heartbeat, ShardLife)),
+        *map(_insert, (Attempt, CountDelta, HeadMarker, Heartbeat, JobEvent, ShardLife)),
         update(EmailJob).where(false()).values(state=EmailJob.state),
         update(ShardLife).where(false()).values(life=ShardLife.life),
         update(Heartbeat).where(false()).values(beat_at=Heartbeat.beat_at),

@@ -21,8 +21,17 @@ from outbox_server.shared.settings import load_settings
 from outbox_server.shared.store_trouble import trouble_of
 
 
-def test_the_tables_of_each_mail_are_those_of_the_statements_of_dispatchers() -> None:
-    statements = (TURN.text, str(HEADS_STATEMENT), str(HISTORY_STATEMENT))
+def test_the_tables_of_each_mail_are_those_of_the_statements_of_dispatchers(
+    database_url: str,
+) -> None:
+    with psycopg.connect(database_url) as connection:
+        triggers = connection.execute(
+            "SELECT prosrc FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid"
+            " WHERE tgrelid = 'email_jobs'::regclass AND NOT tgisinternal"
+        ).fetchall()
+    assert triggers
+    statements = [TURN.text, str(HEADS_STATEMENT), str(HISTORY_STATEMENT)]
+    statements += [source for (source,) in triggers]
     used = {
         table
         for table in Base.metadata.tables
@@ -54,7 +63,7 @@ async def test_a_locked_table_that_no_mail_needs_is_no_trouble(
 ) -> None:
     """As by VACUUM FULL. Mail flows meanwhile."""
     async with await psycopg.AsyncConnection.connect(database_url) as holder:
-        for table in ("webhooks", "audit_events", "job_events"):
+        for table in ("webhooks", "audit_events", "api_keys"):
             await lock(holder, table)
         await check_serving(engine)
     async with engine.connect() as connection:
@@ -62,7 +71,7 @@ async def test_a_locked_table_that_no_mail_needs_is_no_trouble(
         assert left.scalar() == "500ms"
 
 
-@pytest.mark.parametrize("table", ["attempts", "email_jobs", "senders"])
+@pytest.mark.parametrize("table", ["attempts", "email_jobs", "job_events", "senders"])
 async def test_a_locked_table_of_each_mail_is_a_trouble(
     engine: AsyncEngine, database_url: str, table: str
 ) -> None:

@@ -89,12 +89,13 @@ async def without_a_column(stores: Stores, database: str) -> AsyncIterator[None]
 
 @asynccontextmanager
 async def without_a_privilege(stores: Stores, database: str) -> AsyncIterator[None]:
+    """The table is written by a trigger, with the outcome of each mail."""
     with psycopg.connect(stores.postgres.url(database, SUPERUSER), autocommit=True) as admin:
-        admin.execute("REVOKE INSERT ON count_deltas FROM outbox")
+        admin.execute("REVOKE INSERT ON job_events FROM outbox")
         try:
             yield
         finally:
-            admin.execute("GRANT INSERT ON count_deltas TO outbox")
+            admin.execute("GRANT INSERT ON job_events TO outbox")
 
 
 def end_sessions(stores: Stores, database: str) -> None:
