@@ -2,7 +2,7 @@
 
 A looked-up key is cached for CACHE_TIME, with the quotas of its user, so that most calls
 need no statement. A server knows of a revoked or expired key and of a changed quota after that time
-at the latest.
+at the latest. If somebody keeps the table of keys locked, known keys work on for LOCKED_TIME.
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ from __future__ import annotations
 import asyncio
 import time
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
 import structlog
 from cachetools import TLRUCache
+from sqlalchemy.exc import DBAPIError
 
 from outbox_server.shared.auth.keys import ApiKeyKind, PresentedKey, read_key
 from outbox_server.shared.auth.store import ApiKeyStore, StoredKey
 from outbox_server.shared.bounds import MAX_METADATA_VALUE
 from outbox_server.shared.callers import Caller, CallerKind, Metadata
+from outbox_server.shared.database.engine import is_locked
 from outbox_server.shared.errors import Unauthenticated
 
 # A revocation or expiry takes effect within this time.
 CACHE_TIME: Final = timedelta(seconds=5)
+# While the table is locked, nobody else can revoke a key. So a key that was valid is accepted for
+# this time after its last look-up.
+LOCKED_TIME: Final = timedelta(minutes=10)
 # The most cached keys, including wrong ones: bounds the memory that strangers can make us use.
 _CACHE_SIZE: Final = 10_000
 
@@ -39,10 +44,14 @@ _KINDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A cached look-up: the caller of a key, or None if the key is not valid."""
+    """A cached look-up: the caller of a key, or None if the key is not valid.
+
+    It is used until `until`, and until `last` while the table is locked.
+    """
 
     caller: Caller | None
     until: float
+    last: float
 
 
 class KeyAuthenticator:
@@ -52,7 +61,7 @@ class KeyAuthenticator:
         self._store = store
         self._cache_s = cache_time.total_seconds()
         self._known: TLRUCache[PresentedKey, _Known] = TLRUCache(
-            _CACHE_SIZE, ttu=lambda _key, known, _now: known.until, timer=time.monotonic
+            _CACHE_SIZE, ttu=lambda _key, known, _now: known.last, timer=time.monotonic
         )
         # The look-ups in progress: calls with the same key share one.
         self._lookups: dict[PresentedKey, asyncio.Task[Caller | None]] = {}
@@ -65,11 +74,15 @@ class KeyAuthenticator:
         Raises:
             Unauthenticated: there is no key (API_KEY_MISSING), or it is unknown, revoked or
                 expired (API_KEY_INVALID, which does not say which).
-            sqlalchemy.exc.SQLAlchemyError: PostgreSQL is unreachable and the key is not cached.
+            sqlalchemy.exc.SQLAlchemyError: PostgreSQL is unreachable, or somebody keeps the table
+                of keys locked, and the key is not cached.
         """
         presented = _presented(metadata)
         known = self._known.get(presented)
-        caller = await self._look_up_once(presented) if known is None else known.caller
+        if known is not None and time.monotonic() < known.until:
+            caller = known.caller
+        else:
+            caller = await self._look_up_once(presented)
         if caller is None:
             raise _invalid()
         return caller
@@ -92,19 +105,30 @@ class KeyAuthenticator:
 
     async def _look_up(self, presented: PresentedKey) -> Caller | None:
         # Counted from before the look-up: a revocation committed meanwhile takes effect in time.
-        until = time.monotonic() + self._cache_s
-        stored = await self._store.find(presented.key_id)
-        caller = None
-        if stored is not None and presented.proves(stored.secret_hash):
-            caller = Caller(
-                stored.user_id,
-                _KINDS[stored.kind],
-                key_id=presented.key_id,
-                quotas=stored.quotas,
-                read_only=stored.read_only,
-            )
-            self._note_use(presented.key_id, stored)
-        self._known[presented] = _Known(caller, until)
+        now = time.monotonic()
+        until = now + self._cache_s
+        try:
+            stored = await self._store.find(presented.key_id)
+        except DBAPIError as error:
+            known = self._known.get(presented)
+            if known is None or not is_locked(error):
+                raise
+            self._log.warning("table of API keys is locked", key_id=presented.key_id)
+            self._known[presented] = replace(known, until=min(until, known.last))
+            return known.caller
+        if stored is None or not presented.proves(stored.secret_hash):
+            self._known[presented] = _Known(None, until, until)
+            return None
+        caller = Caller(
+            stored.user_id,
+            _KINDS[stored.kind],
+            key_id=presented.key_id,
+            quotas=stored.quotas,
+            read_only=stored.read_only,
+        )
+        self._note_use(presented.key_id, stored)
+        left = LOCKED_TIME if stored.expires_in is None else min(stored.expires_in, LOCKED_TIME)
+        self._known[presented] = _Known(caller, until, max(until, now + left.total_seconds()))
         return caller
 
     def _note_use(self, key_id: str, stored: StoredKey) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, literal, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -22,8 +23,13 @@ from outbox_server.shared.database.models import ApiKeyRow, UserRow
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS, quotas_of
 from outbox_server.shared.user_quotas import UserQuotas
 
+# A key is looked up before each call, so a lock on its table must not hold up the calls.
+_LOCK_LIMIT: Final = "250ms"
 # `last_used_at` is written at most once in this time, by all processes together.
 USE_INTERVAL: Final = timedelta(minutes=1)
+
+# Until the end of the transaction.
+_WAIT_BRIEFLY: Final = select(func.set_config("lock_timeout", _LOCK_LIMIT, literal(True)))
 
 _COLUMNS: Final = (
     ApiKeyRow.key_id,
@@ -65,6 +71,8 @@ class StoredKey:
     quotas: UserQuotas | None = None
     # Whether it may call only methods that change nothing.
     read_only: bool = False
+    # None means that it does not expire.
+    expires_in: timedelta | None = None
 
 
 class ApiKeyStore:
@@ -76,7 +84,11 @@ class ApiKeyStore:
         self._quotas = quotas
 
     async def find(self, key_id: str) -> StoredKey | None:
-        """Return a key; None if it does not exist, is revoked or has expired."""
+        """Return a key; None if it does not exist, is revoked or has expired.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: somebody keeps its table locked, or PostgreSQL is away.
+        """
         statement = (
             select(
                 ApiKeyRow.secret_hash,
@@ -84,6 +96,7 @@ class ApiKeyStore:
                 ApiKeyRow.user_id,
                 ApiKeyRow.read_only,
                 _use_is_old().label("use_is_old"),
+                (ApiKeyRow.expires_at - func.now()).label("expires_in"),
                 *QUOTA_COLUMNS,
             )
             .outerjoin(UserRow, UserRow.user_id == ApiKeyRow.user_id)
@@ -93,7 +106,7 @@ class ApiKeyStore:
                 func.coalesce(ApiKeyRow.expires_at > func.now(), True),
             )
         )
-        async with self._engine.connect() as connection:
+        async with self._briefly() as connection:
             row = (await connection.execute(statement)).one_or_none()
         if row is None:
             return None
@@ -107,16 +120,27 @@ class ApiKeyStore:
             row.use_is_old,
             quotas,
             row.read_only,
+            row.expires_in,
         )
 
     async def note_use(self, key_id: str) -> None:
         """Record that a key was used now, unless a use within USE_INTERVAL is recorded."""
-        async with self._engine.begin() as connection:
+        async with self._briefly() as connection:
             await connection.execute(
                 update(ApiKeyRow)
                 .where(ApiKeyRow.key_id == key_id, _use_is_old())
                 .values(last_used_at=func.now())
             )
+            await connection.commit()
+
+    @asynccontextmanager
+    async def _briefly(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that waits for no lock for long."""
+        async with self._engine.connect() as opened:
+            # An engine of single statements would end the limit with its statement.
+            connection = await opened.execution_options(isolation_level="READ COMMITTED")
+            await connection.execute(_WAIT_BRIEFLY)
+            yield connection
 
 
 def _use_is_old() -> Any:
