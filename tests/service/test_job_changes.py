@@ -34,7 +34,7 @@ from outbox_server.services.scheduler.storage.cancelling import sweep
 from outbox_server.services.scheduler.storage.holds import HeldFilter, cancel_held
 from outbox_server.services.scheduler.storage.respreading import respread_part
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
-from outbox_server.shared.states import BatchState, JobState
+from outbox_server.shared.states import BatchState, JobChangeKind, JobState
 from tests.dispatchers import DispatcherProcess, options, running, settings_of
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
@@ -343,6 +343,29 @@ async def test_counts_are_exact_beside_an_older_release_and_a_cancelled_hold(
         )
     assert (await call).cancelled_count == 0
     await world.check_counts()
+
+
+@pytest.mark.usefixtures("unwritten")
+async def test_an_older_scheduler_cannot_end_what_keeps_the_mail_of_a_batch_back(
+    scheduler: Scheduler, world: World
+) -> None:
+    """It ends new times of a batch without a look at changes of some of its jobs."""
+    batch = await schedule(scheduler, 10)
+    cancel = CancelEmailJobsRequest(batch_id=batch, filter="row_number > 4")
+    assert (await scheduler.jobs.CancelEmailJobs(cancel)).cancelled_count == 6
+    end = "UPDATE batches SET respreading = false, spread_count = 10 WHERE id = %s"
+    await world.sql(end, int(batch))
+    assert (await get(scheduler, batch)).rescheduling
+    retry = "UPDATE job_changes SET kind = %s WHERE batch_id = %s"
+    for kind in (JobChangeKind.RETRY, JobChangeKind.CANCEL):
+        # Failed jobs that are retried keep nothing back.
+        await world.sql(retry, int(kind), int(batch))
+        await world.sql("UPDATE batches SET respreading = true WHERE id = %s", int(batch))
+        await world.sql(end, int(batch))
+        held = (await get(scheduler, batch)).rescheduling
+        assert held is (kind is JobChangeKind.CANCEL)
+    await write(world)
+    assert not (await get(scheduler, batch)).rescheduling
 
 
 @pytest.mark.usefixtures("unwritten")

@@ -34,7 +34,6 @@ from outbox_server.shared.database.models import (
     Batch,
     BatchCancellation,
     BatchCount,
-    BatchRespread,
     CountDelta,
     EmailJob,
     JobChange,
@@ -227,7 +226,6 @@ async def store_cancellations(
     await connection.execute(
         delete(JobChangeBlock).where(JobChangeBlock.change_id.in_(select(forgotten.c.id)))
     )
-    respread = select(BatchRespread.batch_id).where(BatchRespread.batch_id == Batch.id)
     cancelled = (
         update(Batch)
         .where(Batch.id == any_(these))
@@ -236,7 +234,8 @@ async def store_cancellations(
             cancelled_at=func.now(),
             paused_at=None,
             paused_until=None,
-            respreading=Batch.respreading & respread.correlate(Batch).exists(),
+            # A trigger keeps it while new times are being written.
+            respreading=False,
         )
         .returning(Batch.id, Batch.sender_id, Batch.cancelled_at)
         .cte("cancelled")

@@ -249,22 +249,12 @@ async def _write_next(connection: AsyncConnection, change_id: int) -> tuple[int,
     batch_id: int = change.batch_id
     sender_id: int = change.sender_id
     if change.kind != JobChangeKind.RETRY:
+        # A trigger keeps the batch `respreading` while other changes or new times are not written.
         await connection.execute(
-            update(Batch)
-            .where(Batch.id == batch_id, Batch.respreading)
-            .values(respreading=_is_held(batch_id))
+            update(Batch).where(Batch.id == batch_id, Batch.respreading).values(respreading=False)
         )
     await mark_stale(connection, [sender_id])
     return moved or 0, sender_id
-
-
-def _is_held(batch_id: int) -> ColumnElement[bool]:
-    """Return the condition that rows of a batch are still being written, by whatever change."""
-    respread = select(BatchRespread.batch_id).where(BatchRespread.batch_id == batch_id)
-    changes = select(JobChange.id).where(
-        JobChange.batch_id == batch_id, JobChange.kind != int(JobChangeKind.RETRY)
-    )
-    return respread.exists() | changes.exists()
 
 
 def _ids(blocks: Iterable[Any]) -> Iterable[int]:

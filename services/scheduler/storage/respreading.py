@@ -103,15 +103,11 @@ async def respread_part(
     spacing = work.spacing_ms * _MILLISECOND
     last_due = min(work.start_at + max(placed - 1, 0) * spacing, _LATEST)
     await connection.execute(delete(BatchRespread).where(this))
-    changing = (
-        select(JobChange.id)
-        .where(JobChange.batch_id == batch_id, JobChange.kind != int(JobChangeKind.RETRY))
-        .exists()
-    )
+    # A trigger keeps the batch `respreading` while changes of its jobs are not written.
     ended = (
         update(Batch)
         .where(Batch.id == batch_id)
-        .values(respreading=changing, last_due_at=last_due, spread_count=placed)
+        .values(respreading=False, last_due_at=last_due, spread_count=placed)
         .returning(Batch.sender_id)
     )
     sender_id = (await connection.execute(ended)).scalar_one_or_none()
