@@ -6,7 +6,10 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import Self
+from typing import Final, Self
+
+# The beginning of a TLS handshake: the first 12 bytes of a ClientHello of 512 bytes.
+HALF_A_HELLO: Final = bytes.fromhex("160301020001") + b"\x00\x01\xfc\x03\x03\x00"
 
 
 class Flood:

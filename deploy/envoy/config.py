@@ -15,7 +15,9 @@ from outbox_server.deploy.envoy.clusters import cluster, server_tls
 from outbox_server.deploy.envoy.gateway import (
     BUFFER,
     BUFFER_BYTES,
+    HANDSHAKE_LIMIT,
     HEALTH,
+    IDLE_LIMIT,
     MAX_BODY_BYTES,
     MAX_CONNECTIONS,
     MAX_HEADERS_KIB,
@@ -66,6 +68,8 @@ def _listener(gateway: Gateway, services: Sequence[GatewayService]) -> dict[str,
     chain: dict[str, Any] = {"filters": [_http_manager(gateway, services)]}
     if gateway.tls is not None:
         chain["transport_socket"] = server_tls(gateway, gateway.tls)
+        # Without it a handshake may last for ever.
+        chain["transport_socket_connect_timeout"] = seconds(HANDSHAKE_LIMIT)
     return {
         "name": "gateway",
         "address": socket_address(gateway.listen),
@@ -103,7 +107,7 @@ def _http_manager(gateway: Gateway, services: Sequence[GatewayService]) -> dict[
         # Each route has its own limit.
         stream_idle_timeout="0s",
         common_http_protocol_options={
-            "idle_timeout": "3600s",
+            "idle_timeout": seconds(IDLE_LIMIT),
             "max_headers_count": 100,
             "headers_with_underscores_action": "REJECT_REQUEST",
         },

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from outbox_server.shared.rpc.calls import UPLOAD_DEADLINE
+from outbox_server.shared.rpc.connections import HANDSHAKE_MS, IDLE_MS
 
 # Files in the gateway's folder.
 DESCRIPTORS: Final = "outbox.binpb"
@@ -27,6 +28,9 @@ MAX_CONNECTIONS: Final = 10_000
 MAX_PAGE_BYTES: Final = 8 * MIB
 BUFFER_BYTES: Final = 256 * KIB
 
+# As of the services: the longest TLS handshake, and the longest time without a call.
+HANDSHAKE_LIMIT: Final = timedelta(milliseconds=HANDSHAKE_MS)
+IDLE_LIMIT: Final = timedelta(milliseconds=IDLE_MS)
 # The server's own limit of a unary call is 30 s. It ends first, because its error says more.
 UNARY_LIMIT: Final = timedelta(seconds=40)
 # A server gives up an upload that sends nothing for 60 s. It ends first, too.

@@ -24,15 +24,13 @@ from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer
 from outbox_server.shared.settings import load_settings
 from tests.eventually import eventually
-from tests.peers import Flood, relayed
+from tests.peers import HALF_A_HELLO, Flood, relayed
 from tests.two_users import check_as_fast, p99
 
 # What an HTTP/2 client sends first, with empty settings; and the beginning of a header frame whose
 # end never comes.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")
 SLOW_HEADERS = PREFACE + bytes.fromhex("00ffff010000000001") + b"\x00" * 10
-# The beginning of a TLS handshake: the first 6 bytes of a ClientHello of 512 bytes.
-HALF_A_HELLO = bytes.fromhex("160301020001") + b"\x00\x01\xfc\x03\x03\x00"
 STREAMING = [("grpc.use_local_subchannel_pool", 1)]
 
 

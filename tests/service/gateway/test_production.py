@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from outbox_server.deploy.certificates import Certificate, self_signed
 from outbox_server.deploy.ports import LOOPBACK, free_port
 from tests.eventually import eventually
+from tests.peers import HALF_A_HELLO, Flood
 from tests.scheduler_stack import running_scheduler
 
 OUTBOX = Path(sys.executable).with_name("outbox")
@@ -55,12 +56,15 @@ async def test_calls_are_encrypted_on_both_sides_and_only_metrics_are_public(
     port, metrics_port = free_port(), free_port()
     url, metrics = f"https://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{metrics_port}"
     trusting = ("--cacert", str(outside.public))
-    async with running_scheduler(
-        database_url,
-        redis_url,
-        tls_certificate=str(inside.public),
-        tls_key=str(inside.private),
-    ) as scheduler:
+    async with AsyncExitStack() as stack:
+        scheduler = await stack.enter_async_context(
+            running_scheduler(
+                database_url,
+                redis_url,
+                tls_certificate=str(inside.public),
+                tls_key=str(inside.private),
+            )
+        )
         options = (
             *("--scheduler", scheduler.address, "--stats", scheduler.address),
             *("--services-ca", str(inside.public), "--origin", ORIGIN),
@@ -71,6 +75,9 @@ async def test_calls_are_encrypted_on_both_sides_and_only_metrics_are_public(
             # The call may come before the first health check too.
             await eventually(lambda: curl(*trusting, senders))
             assert json.loads(await curl(*trusting, senders))["senders"] == []
+            silent = Flood(port, first=HALF_A_HELLO)
+            stack.enter_context(silent)
+            await silent.open(20)
             assert await curl(senders) == ""  # an unknown certificate
             assert await curl(senders.replace("https:", "http:")) == ""
 
@@ -92,6 +99,8 @@ async def test_calls_are_encrypted_on_both_sides_and_only_metrics_are_public(
             for path in ("/", "/quitquitquit", "/config_dump"):
                 answer = await curl("-X", "POST", "-w", "%{http_code}", f"{metrics}{path}")
                 assert answer == "404"
+            # After 10 s, handshakes that do not end are ended.
+            await eventually(lambda: silent.alive() == 0)
 
 
 async def test_a_service_with_an_unknown_certificate_is_not_called(
