@@ -59,7 +59,7 @@ def pod_of(resources: list[Resource], component: str) -> Resource:
 
 
 def test_there_are_several_values_to_check_with() -> None:
-    assert VALUES.keys() == {"minimal", "full", "keda", "mesh", "stores"}
+    assert VALUES.keys() == {"minimal", "full", "keda", "mesh", "sentinel", "stores"}
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from outbox.v1.batch_pb2 import BatchOptions
 from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
 from outbox.v1.sender_pb2 import Sender
@@ -16,12 +18,19 @@ from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
 from outbox_client import AsyncClient, Tls
 
 from outbox_server.deploy.certificates import Certificate, self_signed
-from outbox_server.deploy.chart.rendering import render
+from outbox_server.deploy.chart.rendering import CHART, render
+from outbox_server.deploy.embedded.cluster import ValkeyCluster
 from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.passwords import OWNER
+from outbox_server.deploy.wheels import valkey_binary
 from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.secrets import generate_key
 from tests.conftest import Stores
 from tests.deploy.pods import Namespace
+from tests.eventually import eventually
+from tests.pgbouncer import pooler
+from tests.sentinels import watched_pair
+from tests.world import jobs_in
 
 DATABASE = "outbox_pods"
 SERVICES = ("scheduler", "dispatcher", "stats")
@@ -117,3 +126,74 @@ async def test_secrets_delivered_as_variables_serve_as_well(
     space = Namespace(render(values(delivery="environment")), secrets, tmp_path)
     async with space.pod("stats") as pod:
         await pod.until_passed("readinessProbe")
+
+
+@asynccontextmanager
+async def redis_of(name: str, stores: Stores, folder: Path) -> AsyncIterator[str]:
+    """Run the Redis of the chart's values `name`, and yield its URL."""
+    binary = stores.redis.binary or valkey_binary()
+    if name == "sentinel":
+        folder.mkdir()  # noqa: ASYNC240
+        async with watched_pair(binary, folder) as watched:
+            yield watched.url
+        return
+    cluster = ValkeyCluster(folder, binary=binary)
+    try:
+        await cluster.start()
+        yield cluster.url
+    finally:
+        await cluster.stop()
+
+
+@pytest.mark.parametrize("name", ["stores", "sentinel"])
+async def test_the_pods_of_values_for_other_stores_send_mail(  # noqa: PLR0917
+    name: str,
+    stores: Stores,
+    secrets: dict[str, dict[str, str]],
+    certificate: Certificate,
+    inbox: Inbox,
+    tmp_path: Path,
+) -> None:
+    """Redis Cluster, and Redis with Sentinel, both with PgBouncer in front of PostgreSQL."""
+    chosen: dict[str, Any] = yaml.safe_load((CHART / "ci" / f"{name}.yaml").read_text())
+    chosen["secrets"]["keys"]["smtpUrl"] = "smtp-url"
+    chosen["operatorKey"] = {"existingSecret": "outbox-operator"}
+    chosen.setdefault("settings", {})["OUTBOX_MIN_GAP"] = "100ms"
+    database = f"{DATABASE}_{name}"
+    await stores.postgres.ensure_database(database)
+    password = stores.postgres.passwords.password_of(OWNER)
+    async with AsyncExitStack() as stack:
+        redis_url = await stack.enter_async_context(redis_of(name, stores, tmp_path / "redis"))
+        bouncer = await stack.enter_async_context(pooler(stores.postgres.port, database, password))
+        secrets["outbox"] |= {
+            "database-url": bouncer.url(database),
+            "direct-database-url": stores.postgres.url(database),
+            "redis-url": redis_url,
+        }
+        space = Namespace(render(chosen), secrets, tmp_path)
+        assert (await space.job("migrate"))[0] == 0
+        first = asyncio.create_task(space.job("operator-key"))
+        pods = [await stack.enter_async_context(space.pod(each)) for each in SERVICES]
+        assert (await first)[0] == 0
+        for pod in pods:
+            await pod.until_passed("readinessProbe")
+        scheduler, dispatcher, _ = pods
+        async with AsyncClient(
+            f"127.0.0.1:{scheduler.ports[50051]}",
+            api_key=secrets["outbox-operator"]["api-key"].strip(),
+            tls=Tls(ca=certificate.public),
+        ) as client:
+            # Of several senders, so that several shards and nodes have some of the mail.
+            for number in range(8):
+                sender = await client.senders.CreateSender(
+                    CreateSenderRequest(
+                        user_id=f"user{number}", sender=Sender(email=f"s{number}@example.com")
+                    )
+                )
+                options = BatchOptions(sender_id=sender.sender_id, subject="Hello", body="Good day")
+                await client.upload([{"email": f"r{n}@example.com"} for n in range(3)], options)
+            await eventually(lambda: len(inbox.mails) >= 24)
+        assert await asyncio.gather(*(pod.terminate() for pod in pods)) == [0, 0, 0]
+    assert set(jobs_in(inbox.mails).values()) == {1}
+    assert len(jobs_in(inbox.mails)) == 24
+    assert "Traceback" not in dispatcher.log
