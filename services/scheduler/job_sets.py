@@ -163,7 +163,7 @@ class JobSets:
         record: Record,
         *,
         count_only: bool,
-        time_s: float = _TIME_S,
+        time_s: float | None = None,
     ) -> ChangedJobs:
         which = replace(which, tree=both(which.tree, FieldTest("state", "=", int(change.state))))
         one = storage.count_part if count_only else storage.change_part
@@ -176,9 +176,9 @@ class JobSets:
         which: JobFilter,
         after: JobPosition,
         record: Record,
-        time_s: float = _TIME_S,
+        time_s: float | None = None,
     ) -> ChangedJobs:
-        until = time.monotonic() + time_s
+        until = time.monotonic() + (_TIME_S if time_s is None else time_s)
         jobs, senders = 0, frozenset[int]()
         position: JobPosition | None = after
         while position is not None:
