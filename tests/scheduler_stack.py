@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -30,6 +33,7 @@ from outbox.v1 import (
     webhook_service_pb2_grpc,
 )
 
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.scheduler.server import serve
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.settings import Settings, load_settings
@@ -215,3 +219,32 @@ async def running_scheduler(
     finally:
         stop.set()
         await server
+
+
+@asynccontextmanager
+async def scheduler_process(
+    database_url: str, redis_url: str, folder: Path
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Run a scheduler as a separate process, which can be killed and paused; yield its address."""
+    address = f"127.0.0.1:{free_port()}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "outbox_server.services.scheduler",
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path.cwd()),
+            "OUTBOX_DATABASE_URL": database_url,
+            "OUTBOX_REDIS_URL": redis_url,
+            "OUTBOX_SCHEDULER_LISTEN": address,
+            "OUTBOX_AUTH": "off",
+            "OUTBOX_LOG_LEVEL": "warning",
+        },
+    )
+    try:
+        yield process, address
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

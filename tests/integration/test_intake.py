@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import signal
 import sys
@@ -24,11 +23,16 @@ from outbox.v1.sender_service_pb2 import DeleteSenderRequest, PauseSenderRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
-from outbox_server.deploy.ports import free_port
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
-from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+from tests.scheduler_stack import (
+    Scheduler,
+    options_for,
+    refusal_of,
+    running_scheduler,
+    scheduler_process,
+)
 
 TABLES = ("batches", "batch_rejections", "email_jobs", "count_deltas", "head_markers")
 # Sessions that have copied rows: the scheduler's sweeps have open transactions too.
@@ -156,43 +160,23 @@ async def test_a_client_that_is_killed_leaves_nothing(
 
 
 @asynccontextmanager
-async def scheduler_process(
+async def separate_scheduler(
     database_url: str, redis_url: str, folder: Path
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, Scheduler]]:
-    """Run a scheduler as a separate process, which can be killed and paused."""
-    address = f"127.0.0.1:{free_port()}"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "outbox_server.services.scheduler",
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path.cwd()),
-            "OUTBOX_DATABASE_URL": database_url,
-            "OUTBOX_REDIS_URL": redis_url,
-            "OUTBOX_SCHEDULER_LISTEN": address,
-            "OUTBOX_AUTH": "off",
-        },
-        stderr=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-    )
-    try:
-        async with grpc.aio.insecure_channel(address) as channel:
-            async with asyncio.timeout(PATIENCE):
-                await channel.channel_ready()
-            settings = load_settings(database_url=database_url, redis_url=redis_url)
-            yield process, Scheduler(channel, settings, address)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    async with (
+        scheduler_process(database_url, redis_url, folder) as (process, address),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        async with asyncio.timeout(PATIENCE):
+            await channel.channel_ready()
+        settings = load_settings(database_url=database_url, redis_url=redis_url)
+        yield process, Scheduler(channel, settings, address)
 
 
 async def test_a_scheduler_that_is_killed_leaves_nothing(
     scheduler: Scheduler, database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
-    async with scheduler_process(database_url, redis_url, tmp_path) as (process, doomed):
+    async with separate_scheduler(database_url, redis_url, tmp_path) as (process, doomed):
         sender = await doomed.sender()
         upload = Upload(doomed, sender, request_id="once")
         upload.send_rows(3 * BLOCK)
@@ -207,7 +191,7 @@ async def test_a_scheduler_that_is_killed_leaves_nothing(
 async def test_a_scheduler_paused_during_an_upload_continues_the_upload(
     scheduler: Scheduler, database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
-    async with scheduler_process(database_url, redis_url, tmp_path) as (process, sleeper):
+    async with separate_scheduler(database_url, redis_url, tmp_path) as (process, sleeper):
         sender = await sleeper.sender()
         upload = Upload(sleeper, sender, request_id="once")
         upload.send_rows(2 * BLOCK)

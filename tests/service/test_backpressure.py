@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,18 @@ import psycopg
 import pytest
 from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
 
-from outbox_server.deploy.ports import free_port
 from outbox_server.services.scheduler import intake
 from outbox_server.shared.fair_shares import PATIENCE as IN_LINE
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
-from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_scheduler
+from tests.scheduler_stack import (
+    Scheduler,
+    options_for,
+    reasons_of,
+    running_scheduler,
+    scheduler_process,
+)
 
 
 async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
@@ -111,34 +114,6 @@ async def test_a_flood_while_the_database_hangs_is_refused_at_once(
         answers = await asyncio.gather(*flood, return_exceptions=True)
         assert sum(not isinstance(answer, BaseException) for answer in answers) == 7
         assert scheduler.value("SELECT count(*) FROM batches") == 7
-
-
-@asynccontextmanager
-async def scheduler_process(
-    database_url: str, redis_url: str, folder: Path
-) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    address = f"127.0.0.1:{free_port()}"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "outbox_server.services.scheduler",
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path.cwd()),
-            "OUTBOX_DATABASE_URL": database_url,
-            "OUTBOX_REDIS_URL": redis_url,
-            "OUTBOX_SCHEDULER_LISTEN": address,
-            "OUTBOX_AUTH": "off",
-            "OUTBOX_LOG_LEVEL": "warning",
-        },
-    )
-    try:
-        yield process, address
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 def peak_mib(process: asyncio.subprocess.Process) -> float:

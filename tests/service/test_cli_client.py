@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
 from outbox_server.deploy.ports import free_port
-from outbox_server.services.stats.server import serve as serve_stats
 from outbox_server.shared.rpc import server_info
 from tests import cooldowns
 from tests.commands import CommandResult, outbox, run
 from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.stats_stack import running_stats
 
 CSV = (
     "\ufeffE-Mail;First Name;note\r\n"
@@ -46,12 +46,8 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 @pytest.fixture
 async def stats(scheduler: Scheduler) -> AsyncIterator[str]:
     """The address of a stats service beside the scheduler."""
-    stop = asyncio.Event()
-    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(serve_stats(scheduler.settings, stop, ready=port.set_result))
-        yield f"127.0.0.1:{await port}"
-        stop.set()
+    async with running_stats(scheduler.settings) as address:
+        yield address
 
 
 def write(name: str, content: str) -> None:

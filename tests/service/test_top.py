@@ -19,11 +19,11 @@ from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED
 from outbox.v1.sender_service_pb2 import GetSenderRequest
 
 from outbox_server.deploy.ports import free_port
-from outbox_server.services.stats.server import serve as serve_stats
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from tests import cooldowns
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.stats_stack import running_stats
 
 COMMAND = (str(Path(sys.executable).parent / "outbox"), "top", "--user", "ann")
 
@@ -87,12 +87,8 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 
 @pytest.fixture
 async def stats(scheduler: Scheduler) -> AsyncIterator[str]:
-    stop = asyncio.Event()
-    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(serve_stats(scheduler.settings, stop, ready=port.set_result))
-        yield f"127.0.0.1:{await port}"
-        stop.set()
+    async with running_stats(scheduler.settings) as address:
+        yield address
 
 
 async def test_top_shows_pauses_resumes_explains_and_restores_the_terminal(
