@@ -114,18 +114,21 @@ class Requests:
         self._known: Mapping[str, Sequence[Any]] = {}
         # How often an optional field is set for which no valid value is known.
         self._optional = 0.3
+        # How often a field of a request is invalid. Each request has one of these.
+        self._wildness: tuple[float, ...] = (0.0, 0.05, 0.2, 0.9)
 
     def learn(self, known: Mapping[str, Sequence[Any]]) -> None:
         """Set valid values by field name."""
         self._known = known
 
     def prefer_valid(self) -> None:
-        """From now on, set few fields for which no valid value is known."""
+        """From now on, set few invalid values, and few fields whose valid values are unknown."""
         self._optional = 0.03
+        self._wildness = (0.0, 0.05)
 
     def message(self, descriptor: Descriptor) -> Message:
         """Return a request that is mostly valid; a few of its fields, or all, may be invalid."""
-        wildness = self._chance.choice((0.0, 0.05, 0.2, 0.9))
+        wildness = self._chance.choice(self._wildness)
         return self._message(descriptor, wildness, 0)
 
     def upload(self, descriptor: Descriptor) -> list[Message]:

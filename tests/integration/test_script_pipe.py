@@ -97,6 +97,7 @@ async def proxied(redis_url: str, stores: Stores, proxy: TcpProxy) -> AsyncItera
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no call fail because the machine is busy."""
     monkeypatch.setattr(connection, "_CALL_LIMIT_S", PATIENCE)
+    monkeypatch.setattr(connection, "_CONNECT_LIMIT_S", PATIENCE)
 
 
 async def test_many_calls_at_once_use_one_connection_and_get_their_own_replies(
