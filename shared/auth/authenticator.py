@@ -2,7 +2,8 @@
 
 A looked-up key is cached for CACHE_TIME, with the quotas of its user, so that most calls
 need no statement. A server knows of a revoked or expired key and of a changed quota after that time
-at the latest. If somebody keeps the table of keys locked, known keys work on for LOCKED_TIME.
+at the latest. If somebody keeps the table of keys locked, keys that were used shortly before work
+on for LOCKED_TIME.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ CACHE_TIME: Final = timedelta(seconds=5)
 # While the table is locked, nobody else can revoke a key. So a key that was valid is accepted for
 # this time after its last look-up.
 LOCKED_TIME: Final = timedelta(minutes=10)
+# But not if that was longer before the lock: the key may have been revoked in between.
+USED_BEFORE_LOCK: Final = timedelta(minutes=1)
 # The most cached keys, including wrong ones: bounds the memory that strangers can make us use.
 _CACHE_SIZE: Final = 10_000
 
@@ -46,12 +49,13 @@ _KINDS: Final = {
 class _Known:
     """A cached look-up: the caller of a key, or None if the key is not valid.
 
-    It is used until `until`, and until `last` while the table is locked.
+    It is used until `until`, and until `last` while the table is locked. It was read at `read_at`.
     """
 
     caller: Caller | None
     until: float
     last: float
+    read_at: float
 
 
 class KeyAuthenticator:
@@ -63,6 +67,8 @@ class KeyAuthenticator:
         self._known: TLRUCache[PresentedKey, _Known] = TLRUCache(
             _CACHE_SIZE, ttu=lambda _key, known, _now: known.last, timer=time.monotonic
         )
+        # When the table was first found locked. None means that it is not.
+        self._locked_at: float | None = None
         # The look-ups in progress: calls with the same key share one.
         self._lookups: dict[PresentedKey, asyncio.Task[Caller | None]] = {}
         self._noting: set[asyncio.Task[None]] = set()
@@ -110,14 +116,12 @@ class KeyAuthenticator:
         try:
             stored = await self._store.find(presented.key_id)
         except DBAPIError as error:
-            known = self._known.get(presented)
-            if known is None or not is_locked(error):
+            if not is_locked(error):
                 raise
-            self._log.warning("table of API keys is locked", key_id=presented.key_id)
-            self._known[presented] = replace(known, until=min(until, known.last))
-            return known.caller
+            return await self._look_up_briefly(presented, now, error)
+        self._locked_at = None
         if stored is None or not presented.proves(stored.secret_hash):
-            self._known[presented] = _Known(None, until, until)
+            self._known[presented] = _Known(None, until, until, now)
             return None
         caller = Caller(
             stored.user_id,
@@ -128,8 +132,39 @@ class KeyAuthenticator:
         )
         self._note_use(presented.key_id, stored)
         left = LOCKED_TIME if stored.expires_in is None else min(stored.expires_in, LOCKED_TIME)
-        self._known[presented] = _Known(caller, until, max(until, now + left.total_seconds()))
+        last = max(until, now + left.total_seconds())
+        self._known[presented] = _Known(caller, until, last, now)
         return caller
+
+    async def _look_up_briefly(
+        self, presented: PresentedKey, now: float, error: DBAPIError
+    ) -> Caller | None:
+        """Look a known key up while somebody locks its table, or that of the users."""
+        known = self._known.get(presented)
+        if known is None:
+            raise error
+        until = min(now + self._cache_s, known.last)
+        try:
+            valid = await self._store.is_valid(presented.key_id)
+        except DBAPIError as again:
+            if not is_locked(again):
+                raise
+        else:
+            # Only the users are locked, with the quotas.
+            self._locked_at = None
+            if valid:
+                known = replace(known, until=until, read_at=now)
+            else:
+                known = _Known(None, now + self._cache_s, now + self._cache_s, now)
+            self._known[presented] = known
+            return known.caller
+        if self._locked_at is None:
+            self._locked_at = now
+        if known.read_at < self._locked_at - USED_BEFORE_LOCK.total_seconds():
+            raise error
+        self._log.warning("table of API keys is locked", key_id=presented.key_id)
+        self._known[presented] = replace(known, until=until)
+        return known.caller
 
     def _note_use(self, key_id: str, stored: StoredKey) -> None:
         """Write `last_used_at` in the background: no caller waits for it."""

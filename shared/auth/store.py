@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import func, insert, literal, select, update
+from sqlalchemy import and_, func, insert, literal, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -100,11 +100,7 @@ class ApiKeyStore:
                 *QUOTA_COLUMNS,
             )
             .outerjoin(UserRow, UserRow.user_id == ApiKeyRow.user_id)
-            .where(
-                ApiKeyRow.key_id == key_id,
-                ApiKeyRow.revoked_at.is_(None),
-                func.coalesce(ApiKeyRow.expires_at > func.now(), True),
-            )
+            .where(_is_valid(key_id))
         )
         async with self._briefly() as connection:
             row = (await connection.execute(statement)).one_or_none()
@@ -122,6 +118,16 @@ class ApiKeyStore:
             row.read_only,
             row.expires_in,
         )
+
+    async def is_valid(self, key_id: str) -> bool:
+        """Return whether a key exists and is neither revoked nor expired; read no other table.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: as `find`.
+        """
+        async with self._briefly() as connection:
+            found = await connection.scalar(select(ApiKeyRow.key_id).where(_is_valid(key_id)))
+        return found is not None
 
     async def note_use(self, key_id: str) -> None:
         """Record that a key was used now, unless a use within USE_INTERVAL is recorded."""
@@ -141,6 +147,14 @@ class ApiKeyStore:
             connection = await opened.execution_options(isolation_level="READ COMMITTED")
             await connection.execute(_WAIT_BRIEFLY)
             yield connection
+
+
+def _is_valid(key_id: str) -> Any:
+    return and_(
+        ApiKeyRow.key_id == key_id,
+        ApiKeyRow.revoked_at.is_(None),
+        func.coalesce(ApiKeyRow.expires_at > func.now(), True),
+    )
 
 
 def _use_is_old() -> Any:

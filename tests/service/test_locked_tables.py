@@ -18,9 +18,10 @@ from sqlalchemy.exc import DBAPIError
 from outbox_server.shared.auth import authenticator as key_authenticator
 from outbox_server.shared.auth.authenticator import LOCKED_TIME, KeyAuthenticator
 from outbox_server.shared.auth.keys import ApiKeyKind, make_key
-from outbox_server.shared.auth.store import ApiKeyStore, insert_key
+from outbox_server.shared.auth.store import ApiKeyStore, insert_key, revoke_key
 from outbox_server.shared.callers import Caller, CallerKind
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.errors import Unauthenticated
 from outbox_server.shared.settings import load_settings
 from tests.scheduler_stack import refusal_of
 from tests.two_users import rivals
@@ -30,9 +31,9 @@ SOON = 5.0
 
 
 @contextmanager
-def locked(database_url: str, mode: str) -> Iterator[None]:
+def locked(database_url: str, mode: str, table: str = "api_keys") -> Iterator[None]:
     with psycopg.connect(database_url) as holder:
-        holder.execute(f"LOCK TABLE api_keys IN {mode} MODE".encode())
+        holder.execute(f"LOCK TABLE {table} IN {mode} MODE".encode())
         yield
 
 
@@ -82,8 +83,10 @@ async def test_a_locked_table_lengthens_the_life_of_no_key_beyond_its_expiry(
             headers.append((("authorization", f"Bearer {key.text}"),))
     for each in headers:
         await authenticator.authenticate(each)
+    clock.now += 50.0
     with locked(database_url, "ACCESS EXCLUSIVE"):
-        clock.now += 100.0
+        await authenticator.authenticate(headers[0])
+        clock.now += 50.0
         for each in headers:
             assert await authenticator.authenticate(each) == Caller(None, CallerKind.SERVICE)
         clock.now += 21.0
@@ -93,5 +96,46 @@ async def test_a_locked_table_lengthens_the_life_of_no_key_beyond_its_expiry(
         clock.now += LOCKED_TIME.total_seconds()
         with pytest.raises(DBAPIError):
             await authenticator.authenticate(headers[0])
+    await authenticator.close()
+    await engine.dispose()
+
+
+async def test_a_key_that_was_revoked_before_or_beside_the_lock_is_refused(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=1_000.0)
+    monkeypatch.setattr(key_authenticator, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    engine = create_engine(load_settings(database_url=database_url))
+    authenticator = KeyAuthenticator(ApiKeyStore(engine))
+    keys = [make_key() for _ in range(3)]
+    async with engine.begin() as connection:
+        for key in keys:
+            await insert_key(connection, key, ApiKeyKind.SERVICE, None, "")
+    early, late, kept = ((("authorization", f"Bearer {key.text}"),) for key in keys)
+    for each in (early, late, kept):
+        await authenticator.authenticate(each)
+
+    async def revoke(key_id: str) -> None:
+        async with engine.begin() as connection:
+            assert await revoke_key(connection, key_id) is not None
+
+    # A key may be revoked while the table of users is locked, which each look-up reads too.
+    with locked(database_url, "ACCESS EXCLUSIVE", "users"):
+        await revoke(keys[1].key_id)
+        clock.now += 10.0
+        with pytest.raises(Unauthenticated):
+            await authenticator.authenticate(late)
+        assert await authenticator.authenticate(kept) == Caller(None, CallerKind.SERVICE)
+    # Not used since.
+    await revoke(keys[0].key_id)
+    clock.now += 55.0
+    await authenticator.authenticate(kept)
+    clock.now += 6.0
+    with locked(database_url, "ACCESS EXCLUSIVE"):
+        await authenticator.authenticate(kept)
+        with pytest.raises(DBAPIError):
+            await authenticator.authenticate(early)
+    with pytest.raises(Unauthenticated):
+        await authenticator.authenticate(early)
     await authenticator.close()
     await engine.dispose()
