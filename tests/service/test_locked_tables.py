@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import psycopg
 import pytest
+from outbox.v1.batch_service_pb2 import ScheduleBatchRequest
 from outbox.v1.sender_service_pb2 import GetSenderRequest
 from sqlalchemy.exc import DBAPIError
 
+from outbox_server.services.scheduler.storage import intake
 from outbox_server.shared.auth import authenticator as key_authenticator
 from outbox_server.shared.auth.authenticator import LOCKED_TIME, KeyAuthenticator
 from outbox_server.shared.auth.keys import ApiKeyKind, make_key
@@ -23,7 +25,7 @@ from outbox_server.shared.callers import Caller, CallerKind
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.errors import Unauthenticated
 from outbox_server.shared.settings import load_settings
-from tests.scheduler_stack import refusal_of
+from tests.scheduler_stack import refusal_of, running_scheduler
 from tests.two_users import rivals
 
 # Far below the time that a statement waits for a lock otherwise.
@@ -65,6 +67,23 @@ async def test_calls_with_known_keys_go_on_while_the_table_of_keys_is_locked(
             assert refusal.code == ("NOT_FOUND" if reads else "UNAVAILABLE")
             assert refusal.reason == ("SENDER_NOT_FOUND" if reads else "DATABASE_UNAVAILABLE")
         assert (await refusal_of(get(request, metadata=both.eve))).code == "NOT_FOUND"
+
+
+async def test_a_batch_does_not_wait_for_a_locked_audit_log_for_long(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_LOCK_LIMIT", "500ms")
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        sender = await scheduler.sender()
+        request = ScheduleBatchRequest(csv=b"email\na@b.org\n")
+        request.options.sender_id = sender.sender_id
+        request.options.request_id = "first"
+        request.options.subject, request.options.body = "Hello", "Hi"
+        call = scheduler.batches.ScheduleBatch
+        with locked(database_url, "ACCESS EXCLUSIVE", "audit_events"):
+            refusal = await refusal_of(call(request, timeout=2 * SOON))
+            assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
+        assert (await call(request)).batch.counts.scheduled_count == 1
 
 
 async def test_a_locked_table_lengthens_the_life_of_no_key_beyond_its_expiry(

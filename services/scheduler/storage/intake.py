@@ -455,6 +455,8 @@ class IntakeTransaction:
 
     async def record(self, change: RecordedChange) -> None:
         """Append an event to the audit log."""
+        # Others need the place of this intake, if somebody keeps the log locked.
+        await self._limit(lock_timeout=_LOCK_LIMIT)
         await record_change(self._connection, change)
 
     async def _drop_suppressed(self, begun: BegunBatch, user_id: str) -> int:
