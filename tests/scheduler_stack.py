@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
+import psycopg
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -40,6 +41,9 @@ from outbox_server.shared.settings import Settings, load_settings
 from tests.eventually import PATIENCE
 from tests.kept_connection import KeptConnection
 from tests.kept_status import keep_status
+
+# How statements begin that lock rows, and no whole table.
+_OF_ROWS: Final = ("DELETE ", "INSERT ", "SELECT ", "UPDATE ", "WITH ")
 
 _request_ids = itertools.count(1)
 keep_status()
@@ -146,8 +150,22 @@ class Scheduler:
 
     def execute(self, statement: str, *parameters: Any) -> None:
         """Change data in PostgreSQL directly."""
+        assert statement.lstrip().startswith(_OF_ROWS), "use `define`"
         with self._connect() as connection:
             connection.execute(statement.encode(), parameters)
+
+    async def define(self, statement: str) -> None:
+        """Change the schema directly.
+
+        It waits for a lock on a whole table, and the server of this process may have to end a
+        transaction first: so it runs in a thread.
+        """
+
+        def run() -> None:
+            with psycopg.connect(self.settings.database_url, autocommit=True) as connection:
+                connection.execute(statement.encode())
+
+        await asyncio.to_thread(run)
 
     def close(self) -> None:
         """Close the connection to the tables. Each later access opens one."""

@@ -233,13 +233,13 @@ def many(name: str, count: int) -> bytes:
 
 async def test_no_batch_is_accepted_without_its_event(scheduler: Scheduler) -> None:
     sender = await scheduler.sender("ann")
-    scheduler.execute("ALTER TABLE audit_events ADD CONSTRAINT full_ CHECK (false) NOT VALID")
+    await scheduler.define("ALTER TABLE audit_events ADD CONSTRAINT full_ CHECK (false) NOT VALID")
     try:
         for rows in (1, 200):
             refused = await refusal_of(scheduler.schedule(sender, many("u", rows)))
             assert refused.code == "INTERNAL"
     finally:
-        scheduler.execute("ALTER TABLE audit_events DROP CONSTRAINT full_")
+        await scheduler.define("ALTER TABLE audit_events DROP CONSTRAINT full_")
     assert scheduler.value("SELECT count(*) FROM batches") == 0
     assert scheduler.value("SELECT count(*) FROM email_jobs") == 0
 

@@ -46,22 +46,20 @@ async def test_a_full_disk_refuses_the_batch_and_a_later_try_succeeds(
 ) -> None:
     async with running_scheduler(database_url, redis_url) as scheduler:
         sender = await scheduler.sender()
-        scheduler.execute(
+        await scheduler.define(
             "CREATE FUNCTION disk_full() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
             " RAISE EXCEPTION 'could not extend file: No space left' USING ERRCODE = '53100';"
             " END $$"
         )
         try:
-            # In a thread: the server in this process may have to end a transaction first.
-            await asyncio.to_thread(
-                scheduler.execute,
+            await scheduler.define(
                 f"CREATE TRIGGER full_disk BEFORE INSERT ON {table}"
                 " FOR EACH ROW EXECUTE FUNCTION disk_full()",
             )
             refused = await pressed(scheduler.schedule(sender, request_id="once"))
             refused_upload = await pressed(scheduler.batches.UploadBatch(upload(sender)))
         finally:
-            await asyncio.to_thread(scheduler.execute, "DROP FUNCTION disk_full CASCADE")
+            await scheduler.define("DROP FUNCTION disk_full CASCADE")
 
         assert refused == refused_upload == ("RESOURCE_EXHAUSTED", "DATABASE_EXHAUSTED")
         assert scheduler.value("SELECT count(*) FROM email_jobs") == 0

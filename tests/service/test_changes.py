@@ -309,7 +309,7 @@ async def test_an_audit_event_has_no_id_of_one_that_a_failover_has_lost(
     lost = scheduler.value(before)
     # A replica that lagged has neither the event nor the last step of the sequence.
     scheduler.execute("DELETE FROM audit_events")
-    scheduler.execute("ALTER SEQUENCE audit_events_id_seq RESTART")
+    await scheduler.define("ALTER SEQUENCE audit_events_id_seq RESTART")
     await scheduler.sender()
     (event,) = await events(scheduler)
     assert int(event.audit_event_id) > lost

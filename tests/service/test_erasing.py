@@ -251,18 +251,18 @@ async def test_mail_that_ends_during_the_call_is_erased_by_the_next_call(
         "UPDATE email_jobs SET state = 2, lease_until = now() + interval '1 minute', attempt = 1"
     )
     # The call erases replies of cooldowns after the jobs: by then the mail is sent.
-    scheduler.execute(
+    await scheduler.define(
         "CREATE FUNCTION end_mail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " UPDATE email_jobs SET state = 3, lease_until = NULL, finished_at = now()"
         " WHERE state = 2; RETURN NULL; END $$"
     )
     try:
-        scheduler.execute(
+        await scheduler.define(
             "CREATE TRIGGER ends AFTER UPDATE ON cooldowns EXECUTE FUNCTION end_mail()"
         )
         answer = await erase(scheduler)
     finally:
-        scheduler.execute("DROP FUNCTION end_mail CASCADE")
+        await scheduler.define("DROP FUNCTION end_mail CASCADE")
     assert (answer.erased_count, answer.in_flight_count) == (0, 1)
     answer = await erase(scheduler)
     assert (answer.erased_count, answer.in_flight_count) == (1, 0)

@@ -5,12 +5,9 @@ Health reports a lock on the other tables that many calls read, because mail nee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
-import psycopg
 import pytest
 from outbox.v1.batch_service_pb2 import ScheduleBatchRequest
 from outbox.v1.sender_service_pb2 import GetSenderRequest
@@ -26,17 +23,11 @@ from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.errors import Unauthenticated
 from outbox_server.shared.settings import load_settings
 from tests.scheduler_stack import refusal_of, running_scheduler
+from tests.table_locks import locked
 from tests.two_users import rivals
 
 # Far below the time that a statement waits for a lock otherwise.
 SOON = 5.0
-
-
-@contextmanager
-def locked(database_url: str, mode: str, table: str = "api_keys") -> Iterator[None]:
-    with psycopg.connect(database_url) as holder:
-        holder.execute(f"LOCK TABLE {table} IN {mode} MODE".encode())
-        yield
 
 
 @pytest.mark.parametrize(
@@ -57,7 +48,7 @@ async def test_calls_with_known_keys_go_on_while_the_table_of_keys_is_locked(
         request = GetSenderRequest(sender_id=hers.sender_id)
         get = both.scheduler.senders.GetSender
         both.scheduler.execute("UPDATE api_keys SET last_used_at = NULL")
-        with locked(database_url, mode):
+        async with locked(database_url, "api_keys", mode):
             for _ in range(3):
                 answer = await get(request, metadata=both.ann, timeout=SOON)
                 assert answer.sender_id == hers.sender_id
@@ -80,7 +71,7 @@ async def test_a_batch_does_not_wait_for_a_locked_audit_log_for_long(
         request.options.request_id = "first"
         request.options.subject, request.options.body = "Hello", "Hi"
         call = scheduler.batches.ScheduleBatch
-        with locked(database_url, "ACCESS EXCLUSIVE", "audit_events"):
+        async with locked(database_url, "audit_events"):
             refusal = await refusal_of(call(request, timeout=2 * SOON))
             assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
         assert (await call(request)).batch.counts.scheduled_count == 1
@@ -103,7 +94,7 @@ async def test_a_locked_table_lengthens_the_life_of_no_key_beyond_its_expiry(
     for each in headers:
         await authenticator.authenticate(each)
     clock.now += 50.0
-    with locked(database_url, "ACCESS EXCLUSIVE"):
+    async with locked(database_url, "api_keys"):
         await authenticator.authenticate(headers[0])
         clock.now += 50.0
         for each in headers:
@@ -139,7 +130,7 @@ async def test_a_key_that_was_revoked_before_or_beside_the_lock_is_refused(
             assert await revoke_key(connection, key_id) is not None
 
     # A key may be revoked while the table of users is locked, which each look-up reads too.
-    with locked(database_url, "ACCESS EXCLUSIVE", "users"):
+    async with locked(database_url, "users"):
         await revoke(keys[1].key_id)
         clock.now += 10.0
         with pytest.raises(Unauthenticated):
@@ -150,7 +141,7 @@ async def test_a_key_that_was_revoked_before_or_beside_the_lock_is_refused(
     clock.now += 55.0
     await authenticator.authenticate(kept)
     clock.now += 6.0
-    with locked(database_url, "ACCESS EXCLUSIVE"):
+    async with locked(database_url, "api_keys"):
         await authenticator.authenticate(kept)
         with pytest.raises(DBAPIError):
             await authenticator.authenticate(early)

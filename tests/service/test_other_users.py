@@ -305,7 +305,7 @@ async def walk(database_url: str, redis_url: str) -> AsyncIterator[TwoUsers]:
         scheduler.execute("INSERT INTO installation DEFAULT VALUES ON CONFLICT DO NOTHING")
         scheduler.execute("UPDATE api_keys SET last_used_at = now()")
         for table in ("senders", "batches", "email_jobs"):
-            scheduler.execute(f"ALTER TABLE {table} ALTER id RESTART {next(_thousands)}")
+            await scheduler.define(f"ALTER TABLE {table} ALTER id RESTART {next(_thousands)}")
         channels = [
             await stack.enter_async_context(grpc.aio.insecure_channel(scheduler.address)),
             await stack.enter_async_context(stats_server(database_url, redis_url, auth="keys")),

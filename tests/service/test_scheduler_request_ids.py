@@ -115,12 +115,12 @@ async def test_a_batch_whose_commit_was_lost_is_accepted_by_the_next_try(
     """As after a failover to a replica that lagged, just when the commit was answered."""
     csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(1_500))
     # The load of the head, after the commit, deletes a marker.
-    scheduler.execute(
+    await scheduler.define(
         "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " DELETE FROM email_jobs; DELETE FROM count_deltas; DELETE FROM batches; RETURN NULL;"
         " END $$"
     )
-    scheduler.execute(
+    await scheduler.define(
         "CREATE TRIGGER lose AFTER DELETE ON head_markers FOR EACH STATEMENT"
         " EXECUTE FUNCTION lose()"
     )
@@ -129,7 +129,7 @@ async def test_a_batch_whose_commit_was_lost_is_accepted_by_the_next_try(
         assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
         assert scheduler.value("SELECT count(*) FROM batches") == 0
     finally:
-        scheduler.execute("DROP FUNCTION lose() CASCADE")
+        await scheduler.define("DROP FUNCTION lose() CASCADE")
 
     again = await scheduler.schedule(sender, csv, request_id="once")
     assert (again.replayed, again.batch.accepted_count) == (False, 1_500)

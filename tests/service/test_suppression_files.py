@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psycopg
 import pytest
 import pytest_asyncio
 from google.api.httpbody_pb2 import HttpBody
@@ -31,6 +30,7 @@ from outbox.v1.suppression_service_pb2 import (
 from tests.commands import outbox
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.table_locks import locked
 
 
 @pytest_asyncio.fixture
@@ -193,8 +193,7 @@ async def test_an_export_to_a_csv_is_imported_exactly(scheduler: Scheduler, tmp_
 
 async def test_the_command_line_limits_an_import(scheduler: Scheduler, database_url: str) -> None:
     words = ("suppressions", "import", "-", "--user", "ann", "--timeout", "500ms")
-    with psycopg.connect(database_url) as other:
-        other.execute("LOCK TABLE suppressions")
+    async with locked(database_url, "suppressions"):
         done = await outbox(scheduler, *words, stdin=b"email\na@b.org\n")
     assert (done.exit_code, "no answer in time" in done.stderr) == (1, True), done.stderr
 

@@ -58,21 +58,21 @@ async def test_jobs_are_ended_in_parts(
         sender = await scheduler.sender(user, email=f"{user}@example.com")
         await scheduler.schedule(sender, rows, duplicates=2)
     # Each transaction that ended jobs has a row here.
-    scheduler.execute("CREATE TABLE ended (transaction xid8, job bigint)")
+    await scheduler.define("CREATE TABLE ended (transaction xid8, job bigint)")
     try:
-        scheduler.execute(
+        await scheduler.define(
             "CREATE FUNCTION note_end() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
             " INSERT INTO ended VALUES (pg_current_xact_id(), NEW.id); RETURN NEW; END $$"
         )
-        scheduler.execute(
+        await scheduler.define(
             "CREATE TRIGGER note_end AFTER UPDATE OF state ON email_jobs"
             " FOR EACH ROW EXECUTE FUNCTION note_end()"
         )
         ended = await suppress(scheduler, how)
         parts = scheduler.rows("SELECT count(*) FROM ended GROUP BY transaction")
     finally:
-        scheduler.execute("DROP TABLE ended")
-        scheduler.execute("DROP FUNCTION IF EXISTS note_end CASCADE")
+        await scheduler.define("DROP TABLE ended")
+        await scheduler.define("DROP FUNCTION IF EXISTS note_end CASCADE")
     assert ended in {None, 6}
     assert sum(jobs for (jobs,) in parts) == 6
     assert max(jobs for (jobs,) in parts) <= _AT_ONCE
