@@ -1,8 +1,8 @@
 """Checks that PostgreSQL serves this release, by a statement that needs all that others need.
 
-It names every column that this release uses, and changes no row of the tables that each mail
-changes. So it fails on a read-only server, without a table, column or privilege, and it costs no
-more than its plan.
+It names every column that this release uses, and changes no row of the tables that each mail and
+each batch change. So it fails on a read-only server, without a table, column or privilege, and it
+costs no more than its plan.
 
 A lock on a table that each mail needs delays the check, as it delays mail. One on another table, as
 by VACUUM FULL, does not: mail flows meanwhile.
@@ -19,7 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.shared.database.engine import is_locked
 from outbox_server.shared.database.models import (
     Attempt,
+    AuditEvent,
     Base,
+    Batch,
+    ChangeRequest,
     CountDelta,
     EmailJob,
     HeadMarker,
@@ -69,8 +72,15 @@ def _of_each_mail() -> Select[Any]:
     return _columns(of_each_mail=True).add_cte(*ctes)
 
 
+def _others() -> Select[Any]:
+    # What a scheduler inserts for a batch.
+    changes = map(_insert, (AuditEvent, Batch, ChangeRequest, EmailJob))
+    ctes = [each.returning(literal(1)).cte(f"change_{n}") for n, each in enumerate(changes)]
+    return _columns(of_each_mail=False).add_cte(*ctes)
+
+
 _STATEMENT: Final = _of_each_mail()
-_OTHERS: Final = _columns(of_each_mail=False)
+_OTHERS: Final = _others()
 _WAIT_BRIEFLY: Final = select(func.set_config("lock_timeout", _LOCK_LIMIT, literal(True)))
 
 

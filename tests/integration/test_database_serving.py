@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -12,6 +13,7 @@ import pytest_asyncio
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.services.dispatcher.storage.turning import TURN
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.database.models import Base
@@ -19,6 +21,7 @@ from outbox_server.shared.database.serving import OF_EACH_MAIL, check_serving
 from outbox_server.shared.heads.statements import HEADS_STATEMENT, HISTORY_STATEMENT
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.store_trouble import trouble_of
+from tests.conftest import Stores
 
 
 def test_the_tables_of_each_mail_are_those_of_the_statements_of_dispatchers(
@@ -95,3 +98,18 @@ async def test_a_missing_column_of_any_table_is_a_trouble(engine: AsyncEngine, t
             await connection.exec_driver_sql(f"ALTER TABLE {table} RENAME COLUMN gone TO {column}")
             await connection.commit()
     assert trouble_of(caught.value).kind == "column missing"
+
+
+@pytest.mark.parametrize("table", ["audit_events", "batches", "change_requests", "email_jobs"])
+async def test_a_missing_privilege_to_accept_batches_is_a_trouble(
+    engine: AsyncEngine, stores: Stores, database_url: str, table: str
+) -> None:
+    url = stores.postgres.url(urlsplit(database_url).path.lstrip("/"), SUPERUSER)
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as admin:
+        await admin.execute(f"REVOKE INSERT ON {table} FROM outbox".encode())
+        try:
+            with pytest.raises(DBAPIError) as caught:
+                await check_serving(engine)
+        finally:
+            await admin.execute(f"GRANT INSERT ON {table} TO outbox".encode())
+    assert trouble_of(caught.value).kind == "permission denied"
