@@ -16,8 +16,6 @@ _SWITCH: Final = ("0", "1")
 _TLS_VERSIONS: Final = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 _WORDS: Final[Mapping[str, tuple[str, ...]]] = {
     "channel_binding": ("disable", "prefer", "require"),
-    # The driver and our statements rely on it.
-    "client_encoding": ("UTF8",),
     "gssencmode": ("disable", "prefer", "require"),
     "keepalives": _SWITCH,
     "load_balance_hosts": ("disable", "random"),
@@ -39,6 +37,8 @@ _NUMBERS: Final[Mapping[str, str]] = {
     "keepalives_interval": "seconds",
     "tcp_user_timeout": "milliseconds",
 }
+# PostgreSQL's names of UTF-8, without hyphens. The driver and our statements rely on it.
+_UTF8: Final = ("utf8", "unicode")
 _FILES: Final = frozenset(("sslcert", "sslcrl", "sslcrldir", "sslkey", "sslrootcert"))
 _MOST: Final = 2_147_483_647
 _SECRETS: Final = ("password", "sslpassword", "scram_client_key", "scram_server_key")
@@ -56,8 +56,10 @@ def check_parameters(parameters: Mapping[str, Any]) -> None:
     for name, words in _WORDS.items():
         value = parameters.get(name)
         if value is not None and value not in words:
-            first = "one of " if len(words) > 1 else ""
-            raise ValueError(f"{name} must be {first}{', '.join(words)}")
+            raise ValueError(f"{name} must be one of {', '.join(words)}")
+    encoding = str(parameters.get("client_encoding", "UTF8"))
+    if encoding.replace("-", "").lower() not in _UTF8:
+        raise ValueError("client_encoding must be UTF8")
     for name, unit in _NUMBERS.items():
         value = parameters.get(name)
         if value is not None and not _is_number(value):

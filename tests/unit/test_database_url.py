@@ -59,6 +59,8 @@ def test_a_parameter_that_cannot_be_used_is_named(query: str, complaint: str) ->
         "sslmode=verify-full&sslrootcert=system",
         f"sslmode=verify-ca&sslrootcert={__file__}&sslcert={__file__}",
         "connect_timeout=0&keepalives=0&tcp_user_timeout=2147483647&client_encoding=UTF8",
+        "client_encoding=utf8",
+        "client_encoding=UTF-8",
         "target_session_attrs=read-write&load_balance_hosts=random&application_name=a%20b",
         "host=/var/run/postgresql&port=5433",
         "hostaddr=192.0.2.1",
