@@ -202,8 +202,10 @@ async def _lock_active(connection: AsyncConnection, rows: _Rows, change: SetChan
     """Lock the batches whose jobs can be changed, and for a retry their owner."""
     if change.quotas is not None:
         these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
-        owner = await connection.execute(select(Batch.user_id).where(these).limit(1))
-        await lock_user(connection, owner.scalar_one())
+        owner = await connection.scalar(select(Batch.user_id).where(these).limit(1))
+        if owner is None:  # retention has removed the batches meanwhile
+            return []
+        await lock_user(connection, owner)
     # Waits for the marks under way. In the order of ids, so that there are no deadlocks.
     locked = _changeable(rows, change).order_by(Batch.id).with_for_update(key_share=True, of=Batch)
     return (await connection.execute(locked)).all()
