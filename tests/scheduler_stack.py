@@ -241,10 +241,10 @@ async def running_scheduler(
 
 @asynccontextmanager
 async def scheduler_process(
-    database_url: str, redis_url: str, folder: Path
+    database_url: str, redis_url: str, folder: Path, address: str | None = None
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """Run a scheduler as a separate process, which can be killed and paused; yield its address."""
-    address = f"127.0.0.1:{free_port()}"
+    address = address or f"127.0.0.1:{free_port()}"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -15,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1.audit_pb2 import AuditEvent
 from outbox.v1.audit_service_pb2 import ListAuditEventsRequest
 from outbox.v1.batch_service_pb2 import ScheduleBatchRequest
+from outbox.v1.hold_service_pb2 import BeginHoldRequest, ReleaseHeldJobsRequest
 from outbox.v1.sender_pb2 import Sender
 
 from outbox_server.services.scheduler.storage.changes import ACCEPTING
@@ -247,3 +248,14 @@ async def test_no_batch_is_accepted_without_its_event(scheduler: Scheduler) -> N
 async def all_events(scheduler: Scheduler) -> list[AuditEvent]:
     answer = await scheduler.audit.ListAuditEvents(ListAuditEventsRequest(page_size=1_000))
     return list(answer.audit_events)
+
+
+async def test_a_hold_is_in_the_audit_log(scheduler: Scheduler) -> None:
+    request = BeginHoldRequest(request_id="begin", reason="an incident")
+    assert (await scheduler.holds.BeginHold(request)).held
+    await scheduler.holds.ReleaseHeldJobs(ReleaseHeldJobsRequest(all=True, request_id="release"))
+    # The first call was made already, so the installation is not held again.
+    assert not (await scheduler.holds.BeginHold(request)).held
+    released, begun = await all_events(scheduler)
+    assert [begun.action, released.action] == ["BeginHold", "ReleaseHeldJobs"]
+    assert begun.reason == "an incident"

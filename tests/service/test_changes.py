@@ -20,7 +20,6 @@ from outbox.v1 import (
     batch_pb2,
     batch_service_pb2,
     email_job_service_pb2,
-    hold_service_pb2,
     sender_pb2,
     suppression_service_pb2,
     user_service_pb2,
@@ -587,16 +586,3 @@ async def test_operators_see_the_audit_log_and_users_do_not(
     assert by_operator.target == "users/ann"
     assert values(by_operator) == ({}, {"senders": 3})
     assert by_operator.reason == "a larger plan"
-
-
-async def test_a_hold_is_in_the_audit_log(scheduler: Scheduler) -> None:
-    request = hold_service_pb2.BeginHoldRequest(request_id=new_id(), reason="an incident")
-    assert (await scheduler.holds.BeginHold(request)).held
-    await scheduler.holds.ReleaseHeldJobs(
-        hold_service_pb2.ReleaseHeldJobsRequest(all=True, request_id=new_id())
-    )
-    # The first call was made already, so the installation is not held again.
-    assert not (await scheduler.holds.BeginHold(request)).held
-    released, begun = await events(scheduler)
-    assert [begun.action, released.action] == ["BeginHold", "ReleaseHeldJobs"]
-    assert begun.reason == "an incident"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -40,7 +38,13 @@ from outbox_server.deploy.ports import free_port
 from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore
 from tests.eventually import PATIENCE, eventually
-from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+from tests.scheduler_stack import (
+    Scheduler,
+    options_for,
+    refusal_of,
+    running_scheduler,
+    scheduler_process,
+)
 from tests.two_users import give_up, rivals
 
 CLIENTS = 16
@@ -417,32 +421,6 @@ async def test_users_take_turns_in_groups(database_url: str, redis_url: str, gat
         await give_up(flood)
 
 
-@asynccontextmanager
-async def scheduler_process(
-    database_url: str, redis_url: str, address: str, folder: Path
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "outbox_server.services.scheduler"),
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path.cwd()),
-            "OUTBOX_DATABASE_URL": database_url,
-            "OUTBOX_REDIS_URL": redis_url,
-            "OUTBOX_SCHEDULER_LISTEN": address,
-            "OUTBOX_AUTH": "off",
-            "OUTBOX_LOG_LEVEL": "warning",
-        },
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
 async def test_a_killed_scheduler_leaves_each_batch_whole_or_not_at_all(
     database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
@@ -468,7 +446,7 @@ async def test_a_killed_scheduler_leaves_each_batch_whole_or_not_at_all(
                 request(number), timeout=PATIENCE, wait_for_ready=True
             )
 
-        async with scheduler_process(database_url, redis_url, address, tmp_path) as process:
+        async with scheduler_process(database_url, redis_url, tmp_path, address) as (process, _):
             new = CreateSenderRequest(user_id="ann", sender=Sender(email="news@example.com"))
             sender = (await senders.CreateSender(new, wait_for_ready=True)).sender_id
             await asyncio.gather(*(call(number) for number in range(CLIENTS)))
@@ -497,7 +475,7 @@ async def test_a_killed_scheduler_leaves_each_batch_whole_or_not_at_all(
             " ON batch_id = id"
         )
         assert holder.execute(whole).fetchone() == (CLIENTS, CLIENTS)
-        async with scheduler_process(database_url, redis_url, address, tmp_path):
+        async with scheduler_process(database_url, redis_url, tmp_path, address):
             again = await asyncio.gather(*(call(number) for number in range(3 * CLIENTS)))
         assert [each.replayed for each in again] == [True] * CLIENTS + [False] * 2 * CLIENTS
         assert holder.execute(whole).fetchone() == (3 * CLIENTS, 3 * CLIENTS)
