@@ -24,6 +24,7 @@ from outbox_server.shared.auth.store import insert_key
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.settings import load_settings
 from tests.eventually import PATIENCE
+from tests.scheduler_stack import NO_RELAY
 
 _KEYS: Final = {
     "operator": (ApiKeyKind.OPERATOR, None),
@@ -83,7 +84,7 @@ class GatewayStack:
             "OUTBOX_DATABASE_URL": self._database_url,
             "OUTBOX_REDIS_URL": self._valkey.url,
             # The port has no listener, so VerifySender answers at once, and no mail is sent.
-            "OUTBOX_SMTP_URL": f"smtp://{LOOPBACK}:{free_port()}",
+            "OUTBOX_SMTP_URL": NO_RELAY,
             "OUTBOX_SMTP_ALLOW": "127.0.0.0/8",
             "OUTBOX_SMTP_PORTS": "any",
             "OUTBOX_ENCRYPTION_KEYS": key_in(self.folder),

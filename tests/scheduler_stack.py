@@ -42,6 +42,8 @@ from tests.eventually import PATIENCE
 from tests.kept_connection import KeptConnection
 from tests.kept_status import keep_status
 
+# Nothing listens there: the port is reserved for a service that no system runs any more.
+NO_RELAY: Final = "smtp://127.0.0.1:1"
 # How statements begin that lock rows, and no whole table.
 _OF_ROWS: Final = ("DELETE ", "INSERT ", "SELECT ", "UPDATE ", "WITH ")
 
@@ -217,6 +219,8 @@ async def running_scheduler(
             "scheduler_listen": "127.0.0.1:0",
             "auth": "off",
             "shutdown_grace": "5s",
+            # Not the default: an inbox of another test may have that port.
+            "smtp_url": NO_RELAY,
             **settings,
         },
     )
