@@ -263,6 +263,10 @@ async def process(
     await child.start()
     try:
         yield child
+    except Exception as error:
+        state = "running" if child.is_running() else f"ended with {child.process.exitcode}"
+        error.add_note(f"The {service} was {state}. Its log:\n{child.log()}")
+        raise
     finally:
         if child.is_running():
             await child.kill()

@@ -90,7 +90,10 @@ class MetricsEndpoint:
         try:
             async with asyncio.timeout(_LIMIT.total_seconds()):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await self._answer(head))
+                answer = await self._answer(head)
+                if writer.is_closing():
+                    return  # uvloop refuses to write for a client that has left
+                writer.write(answer)
                 writer.close()
                 # Wait until the client has read the answer, or the limit ends.
                 await writer.wait_closed()

@@ -20,12 +20,12 @@ from typing import Any, Final
 
 from redis.asyncio import Redis
 from redis.crc import key_slot
-from redis.exceptions import ClusterDownError, RedisError
+from redis.exceptions import ClusterDownError
 
 from outbox_server.shared.queue.following import FollowingClient, FollowingPool
 from outbox_server.shared.queue.host_urls import HostsUrl, malformed, parse_hosts_url
 from outbox_server.shared.queue.keys import ShardKeys
-from outbox_server.shared.queue.places import Address
+from outbox_server.shared.queue.places import ASK_ERRORS, Address
 
 SCHEMES: Final = ("redis+cluster://", "rediss+cluster://")
 _FORM: Final = "redis+cluster://[user:password@]host:6379[,host:6379...]"
@@ -109,7 +109,7 @@ class ClusterMap:
         for address in asked:
             try:
                 found = await self._ask(address)
-            except (OSError, RedisError) as error:
+            except ASK_ERRORS as error:
                 failure = error
                 continue
             if any(each.first <= slot <= each.last for each in found):

@@ -67,6 +67,18 @@ class _Following(AbstractConnection):
             place.doubt(address)
             raise
 
+    async def send_packed_command(self, *args: Any, **options: Any) -> None:
+        """Send a command.
+
+        Raises:
+            redis.exceptions.RedisError, OSError: it was not sent.
+        """
+        try:
+            await super().send_packed_command(*args, **options)
+        except RuntimeError as error:
+            # uvloop's, which redis-py does not expect, if the connection was reset before.
+            raise RedisConnectionError(f"the connection to Redis was lost ({error})") from error
+
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Return a reply. Leave the server if the reply says that it does not serve."""
         try:

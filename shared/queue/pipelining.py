@@ -59,8 +59,14 @@ class PipelinedConnection(asyncio.Protocol):
 
         `on_replies` is called when all replies of one `write` have come or are given up, and
         `on_lost` when the connection has ended.
+
+        Raises:
+            redis.exceptions.ConnectionError: it was lost again.
         """
         private: Any = connection
+        if private._writer.transport.is_closing():  # noqa: SLF001 - it has no public name
+            # Nobody may be told any more that it has ended.
+            raise RedisConnectionError("the connection to Redis was lost at once")
         # A later redis-py must not close them, and the garbage collector neither.
         self._streams = private._reader, private._writer  # noqa: SLF001 - it has no public name
         private._reader = private._writer = None  # noqa: SLF001

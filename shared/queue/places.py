@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
 Address = tuple[str, int]
+# The errors of a call by one of redis-py's own connections. RuntimeError is uvloop's, if the
+# connection was reset before the call.
+ASK_ERRORS: Final = (RedisError, OSError, RuntimeError)
 
 
 class Place(Protocol):

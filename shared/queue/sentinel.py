@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
-from redis.exceptions import RedisError
 
 from outbox_server.shared.queue.following import FollowingClient, FollowingPool
 from outbox_server.shared.queue.host_urls import malformed, parse_hosts_url
-from outbox_server.shared.queue.places import Address
+from outbox_server.shared.queue.places import ASK_ERRORS, Address
 
 SCHEMES: Final = ("redis+sentinel://", "rediss+sentinel://")
 _FORM: Final = "redis+sentinel://[user:password@]host:26379[,host:26379...]/name[/database]"
@@ -55,7 +54,7 @@ class PrimaryPlace:
         for sentinel in tuple(sentinels):
             try:
                 masters: Any = await sentinel.sentinel_masters()
-            except (RedisError, OSError) as error:
+            except ASK_ERRORS as error:
                 failures.append(str(error))
                 continue
             state = masters.get(self._name)

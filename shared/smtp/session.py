@@ -325,6 +325,8 @@ def _keep_alive(transport: asyncio.Transport) -> None:
     minutes; the reply to an accepted mail would then be lost.
     """
     connection = transport.get_extra_info("socket")
+    if connection is None:
+        return  # the connection has ended, and what the server has sent before decides
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEP_ALIVE.items():
         connection.setsockopt(socket.IPPROTO_TCP, option, value)

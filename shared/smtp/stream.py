@@ -219,9 +219,13 @@ class SmtpStream(asyncio.Protocol):
         """Do the TLS handshake, within `handshake_limit` seconds.
 
         Raises:
+            ConnectionLost: the connection ended before it.
+            MalformedReply: the server has sent something that is not SMTP.
             OSError: the handshake failed; ssl.SSLCertVerificationError if the certificate is not
                 trusted.
         """
+        # asyncio and uvloop would wait for the whole limit.
+        self.raise_if_ended()
         # RFC 3207, section 6: bytes received before TLS are discarded; anyone may have sent them.
         self._parser.clear()
         self._transport = cast(

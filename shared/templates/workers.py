@@ -347,6 +347,8 @@ class _Worker:
         """
         self.jobs += 1
         async with asyncio.timeout(_JOB_LIMIT_S):
+            if self._writer.is_closing():  # uvloop would raise RuntimeError
+                raise ConnectionResetError("the worker process has ended")
             self._writer.write(frame)
             await self._writer.drain()
             size = length_of(await self._reader.readexactly(4))
