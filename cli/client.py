@@ -44,6 +44,8 @@ _DEFAULT: Final = "the default"
 # The limit of an upload without --timeout, as the client has it.
 _UPLOAD_TIMEOUT_S: Final = 3600.0
 _LARGEST_PAGE: Final = 1000
+# Characters.
+_MAX_GRPC_MESSAGE: Final = 500
 # A user waits at the terminal: 4 tries within 0.7 s, unless the server asks for longer waits.
 _RETRY: Final = RetryPolicy(tries=4)
 
@@ -257,6 +259,9 @@ def failure_of(error: CallError, address: Address, tls: Tls | None = None) -> Co
         ],
         "metadata": dict(error.metadata),
     }
+    if not error.reason:
+        # What gRPC, or a proxy, said: the line explains it, and this shows the cause.
+        details["grpc_message"] = error.message[:_MAX_GRPC_MESSAGE]
     if error.retry_delay is not None:
         details["retry_delay"] = f"{error.retry_delay.total_seconds():g}s"
     if error.request_id is not None:

@@ -88,6 +88,7 @@ def test_a_command_fails_if_nothing_answers(people: Path) -> None:
         assert error["code"] in ("UNAVAILABLE", "DEADLINE_EXCEEDED"), path
         assert not error["reason"], path
         assert "127.0.0.1:1" in error["message"], path
+        assert error["grpc_message"], path
 
 
 def test_a_command_fails_with_a_wrong_option(people: Path) -> None:
