@@ -29,6 +29,8 @@ Connection = psycopg.AsyncConnection[Any]
 # The waiting jobs of the large databases are due in a month.
 LATER: Final = timedelta(days=30)
 LARGE: Final = "large"
+# Each of these rows ends the jobs of one large sender per round.
+_ROWS_OF_LARGE: Final = 3
 _LEAST_LEAD_S: Final = 4.0
 
 
@@ -61,8 +63,8 @@ class Bench:
     async def waiting(self, senders: int, jobs: int) -> AsyncIterator[BenchStack]:
         """Yield a stack with `jobs` waiting jobs of `senders` senders, which rows share.
 
-        Two senders per round, named `large...`, have a tenth of the jobs each, if there are enough
-        for that.
+        Three senders per round, named `large...`, have a tenth of the jobs each, if there are
+        enough for that.
         """
         key = ("waiting", senders, jobs)
         if key not in self._kept:
@@ -70,7 +72,7 @@ class Bench:
             name = f"waiting{next(self._numbers)}"
             await self._create(name, self.template)
             async with self.connected(self._url(name)) as connection:
-                await _fill(connection, senders, jobs, large=2 * self.size.rounds)
+                await _fill(connection, senders, jobs, large=_ROWS_OF_LARGE * self.size.rounds)
             self._kept[key] = name
         async with self._on(self._kept[key]) as stack:
             yield stack

@@ -36,9 +36,11 @@ _BROKEN: Final = """
 """
 
 
-async def fill_due(connection: Connection, senders: int, mails: int, *, in_s: float = -1.0) -> int:
+async def fill_due(
+    connection: Connection, senders: int, mails: int, *, in_s: float = -1.0, users: int = 1
+) -> int:
     """Add mails that are due, the same number for each sender; return how many they are."""
-    ids = await add_senders(connection, senders)
+    ids = await add_senders(connection, senders, users=users)
     cursor = await connection.execute("SELECT now() + make_interval(secs => %s)", [in_s])
     row = await cursor.fetchone()
     await add_jobs(connection, ids, mails // senders, start=row[0] if row else None)
@@ -228,7 +230,10 @@ ROWS: Final = (
             _UNRECORDED: partial(_with_events, False, False),
             _WATCHED: partial(_with_events, True, True),
         },
-        (RatioTarget((_RECORDED, _RATE), ((_UNRECORDED, _RATE),), least=0.9),),
+        (
+            RatioTarget((_RECORDED, _RATE), ((_UNRECORDED, _RATE),), least=0.9),
+            RatioTarget((_WATCHED, _RATE), ((_RECORDED, _RATE),), least=0.9),
+        ),
         size=lambda size: f"{size.mails:,} mails of {size.senders:,} senders",
     ),
 )

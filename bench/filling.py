@@ -21,7 +21,8 @@ Connection = psycopg.AsyncConnection[Any]
 
 _SENDERS: Final = """
     INSERT INTO senders (user_id, email, hourly_limit, max_in_flight)
-    SELECT %(user)s, %(name)s || i || '@example.com', 1000000, 20
+    SELECT %(user)s || CASE WHEN i %% %(users)s = 0 THEN '' ELSE '-' || i %% %(users)s END,
+           %(name)s || i || '@example.com', 1000000, 20
     FROM generate_series(1, %(senders)s) AS i
     RETURNING id
 """
@@ -32,7 +33,7 @@ _BATCHES: Final = """
     SELECT user_id, id, %(name)s || id, '\\x00', %(subject)s, %(body)s, %(html)s,
            '{name,order,city}', %(start)s, %(spacing_ms)s, 1, 1, %(per)s,
            %(start)s + (%(per)s - 1) * %(spacing)s
-    FROM senders WHERE id = ANY(%(ids)s) ORDER BY id
+    FROM senders WHERE id = ANY(%(ids)s::bigint[]) ORDER BY id
     RETURNING id
 """
 # `0 * b.id` makes PostgreSQL write the jobs of one batch after those of the other, as intakes do.
@@ -43,18 +44,19 @@ _JOBS: Final = """
            'r' || b.id || '-' || n || '@example.net',
            '["Ann Example ' || n || '","' || lpad(n::text, 8, '0') || '","Springfield"]'
     FROM (SELECT *, row_number() OVER (ORDER BY id) - 1 AS place FROM batches
-          WHERE id = ANY(%(ids)s)) AS b,
+          WHERE id = ANY(%(ids)s::bigint[])) AS b,
          LATERAL generate_series(1, %(per)s + 0 * b.id) AS n
 """
 _COUNTS: Final = (
     """
     INSERT INTO sender_counts (sender_id, state, n)
-    SELECT sender_id, 1, sum(accepted_count) FROM batches WHERE id = ANY(%(ids)s) GROUP BY 1
+    SELECT sender_id, 1, sum(accepted_count) FROM batches WHERE id = ANY(%(ids)s::bigint[])
+    GROUP BY 1
     ON CONFLICT (sender_id, state) DO UPDATE SET n = sender_counts.n + excluded.n
     """,
     """
     INSERT INTO batch_counts (batch_id, state, n)
-    SELECT id, 1, accepted_count FROM batches WHERE id = ANY(%(ids)s)
+    SELECT id, 1, accepted_count FROM batches WHERE id = ANY(%(ids)s::bigint[])
     """,
 )
 # The jobs of these batches were sent a day ago; every twentieth has failed.
@@ -63,7 +65,7 @@ _ENDED: Final = """
         UPDATE email_jobs
         SET state = CASE WHEN row_number %% 20 = 0 THEN 4 ELSE 3 END, attempt = 1,
             finished_at = now() - interval '1 day'
-        WHERE batch_id = ANY(%(ids)s)
+        WHERE batch_id = ANY(%(ids)s::bigint[])
         RETURNING id, batch_id, sender_id, state, finished_at
     ), attempted AS (
         INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,
@@ -84,9 +86,11 @@ _INDEXES: Final = """
 """
 
 
-async def add_senders(connection: Connection, count: int, name: str = "s") -> list[int]:
-    """Add senders of one user; return their ids."""
-    values = {"user": USER, "name": name, "senders": count}
+async def add_senders(
+    connection: Connection, count: int, name: str = "s", *, users: int = 1
+) -> list[int]:
+    """Add senders of as many users, of whom USER is one; return their ids."""
+    values = {"user": USER, "name": name, "senders": count, "users": users}
     return await _ids(connection, _SENDERS, values)
 
 
