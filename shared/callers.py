@@ -15,6 +15,7 @@ from typing import Final, Protocol
 from outbox_server.shared.bounds import USER_ID
 from outbox_server.shared.errors import InvalidInput, PermissionDenied, Unauthenticated
 from outbox_server.shared.fair_shares import NOBODY, Claimant, HeldPlace
+from outbox_server.shared.turns import Turn
 from outbox_server.shared.user_quotas import UserQuotas
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -122,7 +123,7 @@ def is_loopback_host(host: str) -> bool:
 class Call:
     """A call in progress: its caller, and whether its SQL is restricted to one user yet."""
 
-    __slots__ = ("bounded", "caller", "place", "user_id")
+    __slots__ = ("bounded", "caller", "place", "turn", "user_id")
 
     def __init__(self, caller: Caller) -> None:
         self.caller = caller
@@ -132,6 +133,8 @@ class Call:
         self.bounded = False
         # The call's place among the calls at once, while it has one.
         self.place: HeldPlace | None = None
+        # Its turn among the running calls of its user, once it runs.
+        self.turn: Turn | None = None
 
 
 _current: ContextVar[Call | None] = ContextVar("outbox_call", default=None)
@@ -165,18 +168,33 @@ def current_claimant() -> Claimant:
     return NOBODY if call is None else call.caller.claimant
 
 
-def keep_place(place: HeldPlace) -> None:
-    """Note the place of the current call, for `leave_place`. The server does this."""
+def keep_place(place: HeldPlace, turn: Turn) -> None:
+    """Note the place and the turn of the current call. The server does this."""
     call = _current.get()
     if call is not None:
-        call.place = place
+        call.place, call.turn = place, turn
 
 
 def leave_place() -> None:
     """Let another call have the place of the current one, which from now on only waits."""
+    leave_turn()
     call = _current.get()
     if call is not None and call.place is not None:
         call.place.leave()
+
+
+def leave_turn() -> None:
+    """Let another call of the same user run: the current one only waits, and keeps its place."""
+    call = _current.get()
+    if call is not None and call.turn is not None:
+        call.turn.leave()
+
+
+async def let_others_go_first() -> None:
+    """Wait until the current call may run again, after the other calls of its user that wait."""
+    call = _current.get()
+    if call is not None and call.turn is not None:
+        await call.turn.take_again()
 
 
 def check_may_call(caller: Caller, method: str) -> None:

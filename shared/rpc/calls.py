@@ -25,6 +25,7 @@ from outbox_server.shared.callers import (
     call_under_way,
     check_may_call,
     keep_place,
+    let_others_go_first,
     set_current_caller,
 )
 from outbox_server.shared.errors import InvalidInput, Unavailable
@@ -45,6 +46,7 @@ from outbox_server.shared.rpc.streams import (
     single_message,
     uninterrupted,
 )
+from outbox_server.shared.turns import Turns
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -107,6 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._calls = FairShares("calls", _CALLS, waiting=_CALLS_WAITING)
         self._watches = FairShares("watches", _STREAMS)
         self._by_user = CallsInFlight()
+        self._turns = Turns()
         self._checks, self._tooling_streams = (
             PeerPlaces(what, per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS)
             for what in ("health checks", "health watches and reflection calls")
@@ -213,6 +216,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     # A stream may outlive its key: after a revocation it gets no more messages.
                     await self._authenticate(method, context)
                     await uninterrupted(context.write(message))
+                    await let_others_go_first()
 
         async def answer(request: Any, context: _Context) -> None:
             async def work() -> None:
@@ -301,8 +305,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         return await work()
                 shares = self._shares_of(method, stream=stream)
                 with self._by_user.counted(caller.user_id, caller.quotas, group):
-                    async with shares.entered(caller.claimant) as place:
-                        keep_place(place)
+                    async with (
+                        shares.entered(caller.claimant) as place,
+                        self._turns.entered(caller.claimant) as turn,
+                    ):
+                        keep_place(place, turn)
                         return await work()
         except TimeoutError as error:
             if not limit.expired():

@@ -28,6 +28,7 @@ from outbox.v1.stats_service_pb2 import ForecastBatchRequest, PlannedBatch
 from outbox.v1.suppression_service_pb2 import EraseRecipientRequest
 
 from outbox_server.services.scheduler.verifying import AT_ONCE_PER_USER
+from outbox_server.shared import turns
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import options_for, refusal_of
 from tests.smtp_servers import ScriptedServer, Wait
@@ -79,6 +80,29 @@ async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_befo
             assert refusals(flood) == {("TOO_MANY_CALLS", "user eve"): 55}
             await check_as_fast(call, quiet)
         await give_up(flood)
+
+
+async def test_calls_of_one_user_run_a_few_at_a_time_beside_those_of_another(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Usually a call that waits for a lock soon makes room for another one.
+    monkeypatch.setattr(turns, "_COUNTS_S", 3600.0)
+    async with rivals(database_url, redis_url) as both:
+        hers, evil = await both.sender(both.ann), await both.sender(both.eve)
+        call, _ = await quiet_and_loaded(both, hers)
+        request = UpdateSenderRequest(sender=Sender(sender_id=evil.sender_id, display_name="Slow"))
+        with psycopg.connect(database_url) as holder:
+            holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(evil.sender_id)])
+            flood = [
+                asyncio.ensure_future(
+                    both.scheduler.senders.UpdateSender(request, metadata=both.eve)
+                )
+                for _ in range(10)
+            ]
+            await eventually(lambda: waits_for_a_row(database_url) == turns.AT_ONCE)
+            await p99(call)
+            assert waits_for_a_row(database_url) == turns.AT_ONCE
+        await asyncio.gather(*flood)
 
 
 async def test_requests_of_many_empty_entries_leave_the_calls_of_another_as_fast_as_before(

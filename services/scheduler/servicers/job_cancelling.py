@@ -33,6 +33,7 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.changes import find_requests
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord
 from outbox_server.services.scheduler.storage.reopening import retry_job, unwritten_retries
+from outbox_server.shared.callers import leave_turn
 from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.database.ownership import bind_call
@@ -112,6 +113,7 @@ class JobCanceller:
         asked = self._changes.ask(request, user_id)
         self._calls[number] = _CancelCall(job_id, user_id, asked)
         try:
+            leave_turn()
             outcome = await self._groups.get(number)
         finally:
             # If the caller has left, its job is not cancelled any more.
