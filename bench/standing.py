@@ -111,7 +111,9 @@ async def _memory(bench: Bench, number: int) -> Figures:
         sent_before = before[0] if before else 0
         name = f"memory{number}-"
         await add_jobs(connection, ids, each, start=row[0] if row else None, name=name)
-        with _services(stack, **settings_for(50)) as pids:
+        # The upload comes on top of the backlog of one user.
+        quota = str(10 * bench.size.jobs)
+        with _services(stack, user_waiting_jobs=quota, **settings_for(50)) as pids:
             await until_loaded(redis, FEW_SENDERS)
             await asyncio.sleep(2)
             services = {name: pids[name] for name in _SERVICES}
