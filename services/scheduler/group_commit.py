@@ -11,7 +11,7 @@ is stored alone, so that only the faulty ones fail.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -51,6 +51,10 @@ from outbox_server.shared.states import SuppressionForm
 # The most batches and rows of a group, so that its transaction is short.
 _MOST_BATCHES: Final = 64
 _MOST_ROWS: Final = 1_000
+# The most batches of one claimant while others call as well, and for how long after, in seconds:
+# each call waits for the group before its own.
+_MOST_BESIDE_OTHERS: Final = 16
+_COMPANY_S: Final = 2.0
 # How many groups a call tries to join whose user or request somebody else has locked.
 _TRIES: Final = 3
 # The longest time that a group may take, so that others need not wait for it for ever.
@@ -121,6 +125,9 @@ class GroupCommit:
         self._restrict_domains = restrict_domains
         # The waiting calls of each claimant. Claimants take turns.
         self._waiting: dict[Claimant, deque[_Waiting]] = {}
+        # Who called last, and until when there are several who call.
+        self._last: Claimant | None = None
+        self._several_until = 0.0
         self._writing: asyncio.Task[None] | None = None
 
     async def store(
@@ -139,7 +146,11 @@ class GroupCommit:
             ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
             PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
         """
-        result: asyncio.Future[StoredBatch | None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        if self._last not in (None, claimant):
+            self._several_until = loop.time() + _COMPANY_S
+        self._last = claimant
+        result: asyncio.Future[StoredBatch | None] = loop.create_future()
         waiting = _Waiting(batch, user_id, claimant, change, trace_parent, result)
         self._waiting.setdefault(claimant, deque()).append(waiting)
         if self._writing is None:
@@ -194,10 +205,16 @@ class GroupCommit:
         requests: set[str] = set()
         rows = 0
         later: list[_Waiting] = []
+        several = asyncio.get_running_loop().time() < self._several_until
+        most = _MOST_BESIDE_OTHERS if several else _MOST_BATCHES
+        taken = Counter[Claimant]()
         while self._waiting and len(group) < _MOST_BATCHES and rows < _MOST_ROWS:
             claimant, line = next(iter(self._waiting.items()))
+            if taken[claimant] >= most:
+                break  # claimants take turns, so all others have none left or as many
             del self._waiting[claimant]
             each = line.popleft()
+            taken[claimant] += 1
             if line:
                 self._waiting[claimant] = line
             if each.result.done():  # the caller has left

@@ -417,7 +417,7 @@ async def test_users_take_turns_in_groups(database_url: str, redis_url: str, gat
             "SELECT xmin::text, array_agg(request_id) FROM batches GROUP BY 1"
         )
         (with_ann,) = [requests for _, requests in groups if "ann" in requests]
-        assert 1 < len(with_ann) <= 64
+        assert 1 < len(with_ann) <= 17
         await give_up(flood)
 
 
