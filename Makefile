@@ -110,7 +110,7 @@ build/checkov/ready: tests/deploy/checkov.lock
 
 .PHONY: systemd
 systemd:
-	@$(PACKAGES) systemd
+	@$(PACKAGES) iproute2 systemd
 
 .PHONY: test-deploy
 test-deploy: systemd build/checkov/ready $(READY) ## Check (as root) image, chart, manifests, compose file and units

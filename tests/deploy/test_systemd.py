@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -111,3 +112,37 @@ def test_the_ports_of_the_services_are_reserved() -> None:
         used |= {int(port) for port in re.findall(r"_LISTEN=\S+:(\d+)", file.read_text())}
     assert len(used) == 6
     assert used <= reserved
+
+
+# Outgoing connections of a network of its own, which has eight ports for them. Prints those used.
+CONNECT: Final = """
+import socket
+server = socket.create_server(("127.0.0.1", 1025))
+clients = []
+try:
+    while True:
+        clients.append(socket.create_connection(server.getsockname()))
+except OSError:
+    print(*sorted(client.getsockname()[1] for client in clients))
+"""
+IN_A_NETWORK: Final = """
+set -e
+ip link set lo up
+echo '50048 50055' > /proc/sys/net/ipv4/ip_local_port_range
+[ -z "$1" ] || /lib/systemd/systemd-sysctl "$1"
+exec "$2" -c "$3"
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "ports"),
+    [("", range(50_048, 50_056)), ("60-outbox.conf", (50_048, 50_049, 50_050, 50_054, 50_055))],
+)
+def test_the_kernel_gives_a_reserved_port_to_no_outgoing_connection(
+    file: str, ports: Sequence[int]
+) -> None:
+    path = str(UNITS / file) if file else ""
+    words = ("unshare", "--net", "sh", "-c", IN_A_NETWORK, "sh", path, sys.executable, CONNECT)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [int(port) for port in done.stdout.split()] == list(ports)
