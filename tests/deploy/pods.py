@@ -127,6 +127,14 @@ class Pod:
 
         await eventually(passed)
 
+    async def pre_stop(self) -> None:
+        """Run the preStop hook in the container, as a kubelet does before SIGTERM."""
+        hook = self.container["lifecycle"]["preStop"]["exec"]["command"]
+        ran = await asyncio.create_subprocess_exec(
+            *("nsenter", "--target", str(self.process_one()), "--mount", "--pid", *hook)
+        )
+        assert await ran.wait() == 0
+
     async def terminate(self) -> int:
         """Send SIGTERM to process 1, and return the exit code."""
         assert self.process is not None

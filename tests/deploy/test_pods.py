@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from outbox.v1.batch_pb2 import BatchOptions
-from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
+from outbox.v1.dispatcher_service_pb2 import (
+    GetDispatcherStatusRequest,
+    ListDispatchersRequest,
+)
 from outbox.v1.sender_pb2 import Sender
-from outbox.v1.sender_service_pb2 import CreateSenderRequest
+from outbox.v1.sender_service_pb2 import CreateSenderRequest, GetSenderRequest
 from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
-from outbox_client import AsyncClient, Tls
+from outbox_client import NO_RETRIES, AsyncClient, Tls
 
 from outbox_server.deploy.certificates import Certificate, self_signed
 from outbox_server.deploy.chart.rendering import CHART, render
@@ -69,10 +73,11 @@ def values(**secrets: Any) -> dict[str, Any]:
     }
 
 
-async def test_an_installation_of_the_rendered_pods_sends_a_mail_and_drains(
+async def test_an_installation_of_the_rendered_pods_sends_mail_scales_and_drains(
     stores: Stores,
     secrets: dict[str, dict[str, str]],
     certificate: Certificate,
+    inbox: Inbox,
     tmp_path: Path,
 ) -> None:
     await stores.postgres.ensure_database(DATABASE)
@@ -93,27 +98,51 @@ async def test_an_installation_of_the_rendered_pods_sends_a_mail_and_drains(
         code, log = await again
         assert (code, "was stored before" in log) == (0, True)
 
-        async with AsyncClient(
+        new_client = functools.partial(
+            AsyncClient,
             f"127.0.0.1:{scheduler.ports[50051]}",
             stats=f"127.0.0.1:{stats.ports[50053]}",
             dispatcher=f"127.0.0.1:{dispatcher.ports[50052]}",
             api_key=secrets["outbox-operator"]["api-key"].strip(),
             tls=Tls(ca=certificate.public),
-        ) as client:
+            retry=NO_RETRIES,
+        )
+        async with new_client() as client, space.pod("dispatcher") as second:
+
+            async def running() -> int:
+                answer = await client.dispatcher.ListDispatchers(ListDispatchersRequest())
+                return len(answer.dispatchers)
+
+            async def both_run() -> bool:
+                return await running() == 2
+
+            await eventually(both_run)
             sender = await client.senders.CreateSender(
                 CreateSenderRequest(user_id="ann", sender=Sender(email="ann@example.com"))
             )
             options = BatchOptions(sender_id=sender.sender_id, subject="Hello", body="Good day")
-            answer = await client.upload([{"email": "bob@example.com"}], options)
+            rows = [{"email": f"bob{number}@example.com"} for number in range(20)]
+            answer = await client.upload(rows, options)
+            await eventually(lambda: inbox.mails)
+            # As a StatefulSet that is scaled down: it ends the last pod.
+            assert await second.terminate() == 0
+            assert await running() == 1
             batch = await client.wait_for_batch(answer.batch.batch_id)
-            assert batch.counts.sent_count == 1
+            assert batch.counts.sent_count == 20
+            assert sorted(jobs_in(inbox.mails).values()) == [1] * 20
             status = await client.dispatcher.GetDispatcherStatus(GetDispatcherStatusRequest())
             assert status.dispatcher_id
-            found = await client.stats.GetSenderStats(
-                GetSenderStatsRequest(sender_id=sender.sender_id)
-            )
-            assert found.counts.sent_count == 1
+            of_sender = GetSenderStatsRequest(sender_id=sender.sender_id)
+            found = await client.stats.GetSenderStats(of_sender)
+            assert found.counts.sent_count == 20
 
+        # While the hook of a pod runs, callers who still find its address are served.
+        hooks = asyncio.gather(scheduler.pre_stop(), stats.pre_stop())
+        while not hooks.done():
+            async with new_client() as client:
+                await client.senders.GetSender(GetSenderRequest(sender_id=sender.sender_id))
+                await client.stats.GetSenderStats(of_sender)
+        await hooks
         codes = await asyncio.gather(*(pod.terminate() for pod in pods))
         assert codes == [0, 0, 0]
         assert all("stopped" in pod.log for pod in pods)
