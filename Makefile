@@ -120,6 +120,10 @@ test-deploy: systemd build/checkov/ready $(READY) ## Check (as root) image, char
 test-containers: $(READY) ## Build the image, and run the chart's pods in containers (as root)
 	tests/containers/run.sh
 
+.PHONY: test-image
+test-image: $(READY) ## The short form of it for CI: the image, the main job, SIGTERM and a restart
+	tests/containers/run.sh --short
+
 .PHONY: manifests
 manifests: $(READY) ## Render the chart to deploy/manifests, and list the settings in its schema
 	$(BIN)/python -m outbox_server.deploy.chart

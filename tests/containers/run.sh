@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Build the image with buildah into build/containers, as the Dockerfile says, without a registry.
-# Then run the tests in containers.
+# Then run the tests in containers: all of them, or with --short those for CI (marker `short`).
 #
 # The base image is made from Debian packages. The machine's pip downloads the wheels, so the build
 # needs no network. Podman and buildah use a store of their own: the machine's images, containers
 # and settings stay as they are. Remove build/containers to get newer packages in the base.
+#
+# OUTBOX_TEST_CONTAINERS=if-possible: where containers cannot run, say so and succeed.
+# OUTBOX_TEST_CONTAINERS_SECONDS=N: end after N seconds, as if they could not run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -13,31 +16,58 @@ readonly BASE=localhost/outbox-base
 readonly HOST=localhost/outbox-host
 readonly IMAGE=localhost/outbox:test
 readonly PYTHON_OF_BASE=3.11 # Debian 12
+readonly LEAST_GIB=4
 
+short=false
+[[ ${1:-} != --short ]] || short=true
+
+say() {
+  echo "tests in containers, after $SECONDS s: $*" >&2
+}
 fail() {
-  echo "make test-containers: $*" >&2
+  say "FAILED: $*"
   exit 1
 }
 # Not every machine may mount file systems or make namespaces. This says nothing about Outbox.
 cannot() {
+  trap - ERR
   if [[ ${OUTBOX_TEST_CONTAINERS:-} == if-possible ]]; then
-    echo "make test-containers: NOT RUN, because this machine cannot run the containers: $*" >&2
+    say "NOT RUN: $*"
     exit 0
   fi
-  fail "this machine cannot run the containers: $*" \
-    "(OUTBOX_TEST_CONTAINERS=if-possible makes this a message instead of an error)"
+  fail "$* (OUTBOX_TEST_CONTAINERS=if-possible makes this a message instead of an error)"
 }
 last_line() { # FILE
   grep -v '^$' "$1" | tail -n 1
 }
 
+here="$(pwd)/$TARGET"
+export CONTAINERS_CONF="$here/containers.conf" CONTAINERS_STORAGE_CONF="$here/storage.conf"
+
+# The whole script runs once more, below a time limit. Its signal lets pytest remove the containers.
+seconds="${OUTBOX_TEST_CONTAINERS_SECONDS:-}"
+if [[ -n $seconds ]]; then
+  ((seconds >= 120)) || cannot "$seconds s are left for them, and they take at least 120 s"
+  code=0
+  env --unset OUTBOX_TEST_CONTAINERS_SECONDS \
+    timeout --signal INT --kill-after 60 "$seconds" tests/containers/run.sh "$@" || code=$?
+  if ((code == 124 || code == 137)); then
+    podman pod rm --all --force --time 0 >/dev/null 2>&1 || true
+    cannot "they did not end within $seconds s"
+  fi
+  exit "$code"
+fi
+
+# Until the image is built, what fails is the machine, its network or its packages.
+trap 'cannot "line $LINENO: $BASH_COMMAND failed"' ERR
 mkdir -p "$TARGET"
 (($(id -u) == 0)) || cannot "containers with overlay mounts need root"
 tests/install_packages.sh mmdebstrap buildah podman runc netavark catatonit iproute2 \
   >"$TARGET/log" 2>&1 || cannot "apt-get cannot install podman: $(last_line "$TARGET/log")"
 unshare --net true 2>"$TARGET/log" || cannot "$(last_line "$TARGET/log")"
+free="$(df --output=avail --block-size=1G "$TARGET" | tail -n 1)"
+((free >= LEAST_GIB)) || cannot "$TARGET needs $LEAST_GIB GiB of disk space, and$free are free"
 
-here="$(pwd)/$TARGET"
 # Podman allows 50 characters, and a work tree may lie deeper.
 run="/run/outbox-$(sha256sum <<<"$here" | cut -c 1-12)"
 mkdir -p "$run"
@@ -52,7 +82,9 @@ if mount -t overlay none -o "lowerdir=$probe/lower,upperdir=$probe/upper,workdir
   umount "$probe/root"
 else
   driver=vfs
-  echo "no overlay file system in $here ($(last_line "$TARGET/log")): copying layers instead"
+  why="no overlay file system in $here: $(head -n 1 "$TARGET/log")"
+  $short && cannot "$why"
+  say "copying layers, which is slow: $why"
 fi
 
 cat >"$TARGET/storage.conf" <<EOF
@@ -78,7 +110,6 @@ tmp_dir = "$run/libpod"
 [network]
 network_backend = "netavark"
 EOF
-export CONTAINERS_CONF="$here/containers.conf" CONTAINERS_STORAGE_CONF="$here/storage.conf"
 
 # Before minutes are spent on the image: does a container in a pod, with limits, run here?
 mkdir "$probe/root/"{dev,etc,proc,run,sys}
@@ -96,22 +127,25 @@ derive() {
   local container
   container="$(buildah from "$1")"
   buildah run --isolation chroot --network host "$container" -- "${@:3}" >"$TARGET/log" 2>&1 ||
-    fail "cannot make the image $2: $(last_line "$TARGET/log") (all of it: $TARGET/log)"
+    cannot "the image $2 cannot be made: $(last_line "$TARGET/log") (all of it: $TARGET/log)"
   buildah commit --rm --quiet "$container" "$2" >/dev/null
 }
 
 if ! buildah inspect --type image "$BASE" >/dev/null 2>&1; then
-  echo "making the base image"
+  say "making the base image"
+  # A file system that nobody keeps need not be on disk after each file.
   mmdebstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
+    --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     bookworm "$TARGET/base.tar" >"$TARGET/log" 2>&1 ||
-    fail "mmdebstrap cannot make the base: $(last_line "$TARGET/log")"
+    cannot "mmdebstrap cannot make the base: $(last_line "$TARGET/log")"
   container="$(buildah from scratch)"
   buildah add "$container" "$TARGET/base.tar" / >/dev/null
   buildah commit --rm --quiet "$container" "$BASE" >/dev/null
   rm "$TARGET/base.tar"
 fi
-if ! buildah inspect --type image "$HOST" >/dev/null 2>&1; then
-  echo "making the image of a host with systemd"
+if ! $short && ! buildah inspect --type image "$HOST" >/dev/null 2>&1; then
+  say "making the image of a host with systemd"
   derive "$BASE" "$HOST" sh -c \
     'apt-get update -qq && apt-get install -y -qq --no-install-recommends systemd &&
      apt-get clean && rm -r /var/lib/apt/lists'
@@ -121,7 +155,7 @@ wheels="$TARGET/wheels"
 locks=(deploy/image/build.lock deploy/image/production.lock)
 stamp="$(cat "${locks[@]}" | sha256sum)"
 if [[ ! -f $wheels/stamp || $(<"$wheels/stamp") != "$stamp" ]]; then
-  echo "downloading the wheels"
+  say "downloading the wheels"
   rm -rf "$wheels" && mkdir "$wheels"
   for lock in "${locks[@]}"; do
     # Without the conditions: this machine's Python may be another 3.11 than that of the base.
@@ -130,19 +164,26 @@ if [[ ! -f $wheels/stamp || $(<"$wheels/stamp") != "$stamp" ]]; then
   .venv/bin/pip download --quiet --disable-pip-version-check --only-binary :all: --no-deps \
     --python-version "$PYTHON_OF_BASE" --require-hashes --dest "$wheels" \
     --requirement "$wheels/build.lock" --requirement "$wheels/production.lock" \
-    >"$TARGET/log" 2>&1 || fail "pip cannot download the wheels: $(last_line "$TARGET/log")"
+    >"$TARGET/log" 2>&1 || cannot "pip cannot download the wheels: $(last_line "$TARGET/log")"
   echo "$stamp" >"$wheels/stamp"
 fi
 printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$TARGET/pip.conf"
+podman run --rm --network host "$BASE" python3 -c 'import ensurepip, venv' >"$TARGET/log" 2>&1 ||
+  cannot "the base image does not run: $(last_line "$TARGET/log")"
+trap - ERR
 
-echo "building the image"
+say "building the image"
 buildah build --isolation chroot --network host --build-arg BASE="$BASE" \
   --volume "$here/wheels:/wheels:ro" --volume "$here/pip.conf:/etc/pip.conf:ro" \
   --tag "$IMAGE" --file deploy/image/Dockerfile . >"$TARGET/log" 2>&1 ||
   fail "buildah cannot build the image: $(last_line "$TARGET/log") (all of it: $TARGET/log)"
 # The image that this one replaces.
-buildah rmi --prune --force >/dev/null
+buildah rmi --prune --force >/dev/null || true
 
+say "running the tests"
+words=(--numprocesses 0 tests/containers)
+# The first failure ends the short form: what follows it could use up the time.
+$short && words+=(-m short --exitfirst)
 # The network of the tests has nothing but their own loopback: their fixed ports are free.
-unshare --net sh -c 'ip link set lo up && exec "$@"' sh \
-  .venv/bin/pytest --numprocesses 0 tests/containers
+unshare --net sh -c 'ip link set lo up && exec "$@"' sh .venv/bin/pytest "${words[@]}"
+say "passed"

@@ -30,6 +30,7 @@ from tests.containers.podman import IMAGE, PlayedPod, podman, remove_everything
 from tests.eventually import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+short = pytest.mark.short
 
 DATABASE: Final = "outbox_containers"
 SERVICES: Final = ("scheduler", "dispatcher", "stats")
@@ -43,6 +44,14 @@ SECRETS: Final = {
     "stats": {"database-url"},
     "gateway": set(),
 }
+# Shows process 1, its arguments, the folders that can be written, and the secrets.
+LOOK: Final = r"""
+cat /proc/1/status; echo; echo --
+tr '\0' ' ' < /proc/1/cmdline; echo; echo --
+for folder; do touch "$folder/written" 2>/dev/null && echo "$folder"; done; echo; echo --
+ls /run/secrets/outbox 2>/dev/null
+true
+"""
 DEMO: Final = Path(outbox_server.__file__).parent / "cli" / "demo.csv"
 MIB: Final = 1024 * 1024
 # What the image adds to its base: Envoy alone is 120 MiB.
@@ -156,6 +165,7 @@ async def installation(
             await remove_everything()
 
 
+@short
 async def test_the_image_is_this_version_and_has_neither_compiler_nor_pip() -> None:
     (image,) = json.loads(await podman("image", "inspect", IMAGE))
     assert image["Labels"]["org.opencontainers.image.version"] == project_version()
@@ -163,15 +173,15 @@ async def test_the_image_is_this_version_and_has_neither_compiler_nor_pip() -> N
     (base,) = json.loads(await podman("image", "inspect", "localhost/outbox-base"))
     assert 0 < image["Size"] - base["Size"] < MAX_ADDED
 
-    async def found(*names: str) -> str:
-        script = 'for name; do command -v "$name"; done; true'
-        run = ("run", "--rm", "--network", "host", "--entrypoint", "sh", IMAGE, "-c", script, "sh")
-        return await podman(*run, *names)
+    script = 'for name; do command -v "$name"; done; true'
+    run = ("run", "--rm", "--network", "host", "--entrypoint", "sh", IMAGE, "-c", script, "sh")
+    absent = ("gcc", "cc", "c++", "clang", "ld", "as", "make", "pip", "git")
+    # The chart's preStop hook runs `sleep`.
+    found = (await podman(*run, *absent, "outbox", "sleep")).split()
+    assert found == ["/opt/outbox/bin/outbox", "/usr/bin/sleep"]
 
-    assert await found("gcc", "cc", "c++", "clang", "ld", "as", "make", "pip", "git") == ""
-    assert await found("outbox") == "/opt/outbox/bin/outbox\n"
 
-
+@short
 async def test_the_jobs_of_the_chart_migrate_and_store_the_first_key(
     installation: Installation,
 ) -> None:
@@ -181,27 +191,12 @@ async def test_the_jobs_of_the_chart_migrate_and_store_the_first_key(
     assert (code, "is stored now" in log) == (0, True)
 
 
+@short
 @pytest.mark.parametrize("name", PODS)
 async def test_a_container_has_no_rights_and_cannot_write(
     installation: Installation, name: str
 ) -> None:
     pod = installation.pods[name]
-    status = dict(
-        line.split(":\t", 1)
-        for line in (await pod.execute("cat", "/proc/1/status")).splitlines()
-        if ":\t" in line
-    )
-    assert status["Uid"].split() == ["65532"] * 4
-    assert status["Gid"].split() == ["65532"] * 4
-    assert {int(status[f"Cap{one}"], 16) for one in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
-    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
-    command = (await pod.execute("cat", "/proc/1/cmdline")).split("\0")
-    if name == "gateway":
-        assert command[0].endswith("/envoy")
-    else:
-        assert command[1:3] == ["/opt/outbox/bin/outbox", name]
-
-    script = 'for folder; do touch "$folder/written" 2>/dev/null && echo "$folder"; done; true'
     folders = (
         "/",
         "/tmp",
@@ -212,9 +207,20 @@ async def test_a_container_has_no_rights_and_cannot_write(
         "/etc/outbox/tls",
         "/var/tmp",
     )
-    written = await pod.execute("sh", "-c", script, "sh", *folders)
+    # In one command: each takes podman a second on a busy machine.
+    shown = await pod.execute("sh", "-c", LOOK, "sh", *folders)
+    status_lines, arguments, written, secrets = shown.split("\n--\n")
+    status = dict(line.split(":\t", 1) for line in status_lines.splitlines() if ":\t" in line)
+    assert status["Uid"].split() == ["65532"] * 4
+    assert status["Gid"].split() == ["65532"] * 4
+    assert {int(status[f"Cap{one}"], 16) for one in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    command = arguments.split()
+    if name == "gateway":
+        assert command[0].endswith("/envoy")
+    else:
+        assert command[1:3] == ["/opt/outbox/bin/outbox", name]
     assert written.split() == WRITABLE.get(name, [])
-    secrets = await pod.execute("sh", "-c", "ls /run/secrets/outbox 2>/dev/null; true")
     assert set(secrets.split()) == SECRETS[name]
     limit = json.loads(await podman("inspect", pod.container))[0]["HostConfig"]["Memory"]
     assert f"{limit // MIB}Mi" == pod.rendered["resources"]["limits"]["memory"]
@@ -233,6 +239,7 @@ async def test_the_probes_pass_from_outside_and_as_commands(
     assert "SERVING" not in nobody
 
 
+@short
 async def test_the_main_job_runs_inside_a_container_and_keeps_every_limit(
     installation: Installation,
 ) -> None:
@@ -262,6 +269,7 @@ async def test_the_main_job_runs_inside_a_container_and_keeps_every_limit(
     assert "demo@example.com" in audit
 
 
+@short
 async def test_the_gateway_translates_rest_calls_to_the_services_over_tls(
     installation: Installation,
 ) -> None:
@@ -280,6 +288,7 @@ async def test_the_gateway_translates_rest_calls_to_the_services_over_tls(
     assert (status, json.loads(answer)["sender_id"]) == (HTTPStatus.OK, sender["sender_id"])
 
 
+@short
 async def test_sigterm_and_a_restart_lose_and_double_no_waiting_mail(
     installation: Installation,
 ) -> None:
