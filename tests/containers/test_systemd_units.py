@@ -47,9 +47,16 @@ install -d -m 700 /etc/outbox /etc/outbox/secrets
 install -m 600 /units/*.env /etc/outbox/
 printf %s "$1" > /etc/outbox/secrets/database-url
 printf %s "$2" > /etc/outbox/secrets/redis-url
-printf "OUTBOX_MIN_GAP=50ms\nOUTBOX_SMTP_URL=$3\n" >> /etc/outbox/outbox.env
+printf %s "$3" > /etc/outbox/secrets/smtp-url
+echo OUTBOX_MIN_GAP=50ms >> /etc/outbox/outbox.env
 /opt/outbox/bin/outbox keys generate-encryption-key > /etc/outbox/secrets/encryption-keys
 install -m 644 /units/*.service /etc/systemd/system/
+for service in scheduler dispatcher; do
+  install -d "/etc/systemd/system/outbox@$service.service.d"
+  printf '%s\n' '[Service]' 'LoadCredential=smtp-url:/etc/outbox/secrets/smtp-url' \
+    'Environment=OUTBOX_SMTP_URL_FILE=%d/smtp-url' \
+    > "/etc/systemd/system/outbox@$service.service.d/relay.conf"
+done
 systemctl daemon-reload
 systemctl enable --now outbox@scheduler outbox@dispatcher outbox@stats
 """
