@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
 
+from outbox_server.cli.change_options import AuditOptions
 from outbox_server.cli.client import Server, connection, read_endpoints
+from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -105,9 +107,12 @@ def list_(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
 
 
 @app.command()
-def drain(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+@with_option_groups
+def drain(
+    *, change: AuditOptions, server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
     """Let a dispatcher finish its sends in flight and take no more jobs until it is restarted."""
     with connection("dispatcher", server) as client:
-        request = pb.DrainDispatcherRequest()
+        request = change.of(pb.DrainDispatcherRequest())
         answer = client.dispatcher.DrainDispatcher(request)
     show(answer, output)

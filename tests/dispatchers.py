@@ -77,8 +77,10 @@ class DispatcherClient:
             dispatcher_service_pb2.GetDispatcherStatusRequest()
         )
 
-    async def drain(self, within: float = 30.0) -> dispatcher_service_pb2.DrainDispatcherResponse:
-        request = dispatcher_service_pb2.DrainDispatcherRequest()
+    async def drain(
+        self, within: float = 30.0, **said: str
+    ) -> dispatcher_service_pb2.DrainDispatcherResponse:
+        request = dispatcher_service_pb2.DrainDispatcherRequest(**said)
         return await self.stub.DrainDispatcher(request, timeout=within)
 
     async def serving(self) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import grpc
+import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
@@ -17,13 +20,20 @@ from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.smtp import EndpointState, SmtpPool
 from outbox_server.services.dispatcher.storage.reports import LiveDispatcher, live_dispatchers
+from outbox_server.shared.database.audit_events import RecordedChange, record_change
+from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import Circuit
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
+from outbox_server.shared.rpc.requested_changes import requested_change
 
+_log = structlog.get_logger(__name__)
+
+# How long the event of a drain may take, in seconds: sends in flight may end before.
+_RECORD_S: Final = 5.0
 _STATES: Final = {
     False: dispatcher_pb2.DISPATCHER_STATE_SERVING,
     True: dispatcher_pb2.DISPATCHER_STATE_DRAINING,
@@ -84,11 +94,37 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         context: grpc.aio.ServicerContext[object, object],
     ) -> dispatcher_service_pb2.DrainDispatcherResponse:
         """Take no more jobs, and return when no job is in flight."""
+        change = requested_change(request)
+        begins = not self._dispatcher.draining
         self._on_drain()
-        given_back = await self._dispatcher.drain()
+        async with asyncio.TaskGroup() as group:
+            drained = group.create_task(self._dispatcher.drain())
+            if begins:
+                group.create_task(self._record(change))
         return dispatcher_service_pb2.DrainDispatcherResponse(
-            status=await self._status(), given_back_count=given_back
+            status=await self._status(), given_back_count=drained.result()
         )
+
+    async def _record(self, change: RecordedChange) -> None:
+        """Write the event of a drain to the audit log, unless PostgreSQL cannot be reached."""
+        bind_call(None)
+        event = replace(
+            change,
+            target=f"dispatchers/{self._id}",
+            before={"state": "SERVING"},
+            after={"state": "DRAINING"},
+        )
+        try:
+            async with asyncio.timeout(_RECORD_S), self._engine.begin() as connection:
+                await record_change(connection, event)
+        except DATABASE_ERRORS as error:
+            _log.warning(
+                "drain_not_recorded",
+                actor=event.actor,
+                identity=event.identity,
+                reason=event.reason,
+                error=type(error).__name__,
+            )
 
     async def _status(self) -> dispatcher_pb2.DispatcherStatus:
         states = self._pool.states()

@@ -50,12 +50,9 @@ KEY: Final = generate_key()
 # They are idempotent without an id, or by that of their options.
 NO_REQUEST_ID: Final = {
     *("ScheduleBatch", "UploadBatch", "UploadBatchFile", "SendTestEmail"),
-    *("ImportSuppressions", "ImportSuppressionsFile"),
+    *("ImportSuppressions", "ImportSuppressionsFile", "DrainDispatcher"),
 }
-# They change nothing, or are about a process and not about data.
-NO_CHANGES: Final = {
-    *("VerifySender", "ForecastBatch", "DrainDispatcher", "PreviewBatch", "RenderEmailJob"),
-}
+NO_CHANGES: Final = {"VerifySender", "ForecastBatch", "PreviewBatch", "RenderEmailJob"}
 _ids = itertools.count(1)
 
 

@@ -21,6 +21,7 @@ from outbox_server.services.dispatcher import dispatcher as dispatcher_module
 from outbox_server.shared.states import AttemptOutcome, JobState, SenderState
 from tests.dispatchers import RunningDispatcher, options, process, running, settings_of
 from tests.eventually import PATIENCE, eventually
+from tests.scheduler_stack import refusal_of
 from tests.smtp_servers import Close, Say, ScriptedServer, Succeed, Wait
 from tests.world import World, jobs_in
 
@@ -415,7 +416,12 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
             # A claim under way takes the free slots for a moment.
             await eventually(lambda: in_flight(dispatcher, 4))
             assert (await dispatcher.status()).concurrency == 5
-            draining = asyncio.create_task(dispatcher.drain())
+            # One that is refused begins no drain.
+            refused = await refusal_of(dispatcher.drain(identity="\0", reason="\0"))
+            assert set(refused.violations) == {"identity", "reason"}
+            assert not await is_draining(dispatcher)
+            said = {"identity": "carol@example.com", "reason": "new kernel"}
+            draining = asyncio.create_task(dispatcher.drain(**said))
             await eventually(lambda: is_draining(dispatcher))
             before.set()
             await eventually(lambda: server.waiting["rcpt"] == 0)
@@ -431,6 +437,22 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
             # It reports the drain, still answers calls, and can be drained again.
             assert not await dispatcher.serving()
             assert (await dispatcher.drain()).given_back_count == 2
+            # The audit log says who began it.
+            recorded = await world.sql(
+                "SELECT actor, action, target, user_id, identity, reason, before, after"
+                " FROM audit_events"
+            )
+            assert recorded == [
+                (
+                    "local",
+                    "DrainDispatcher",
+                    f"dispatchers/{answer.status.dispatcher_id}",
+                    None,
+                    *said.values(),
+                    {"state": "SERVING"},
+                    {"state": "DRAINING"},
+                )
+            ]
             # Another dispatcher takes over at once: no lease remains.
             async with running(settings_of(configure(inbox.url))):
                 await eventually(world.done)
@@ -461,6 +483,18 @@ async def test_the_deadline_of_the_caller_does_not_end_the_drain(configure: Conf
 
 async def is_idle(dispatcher: RunningDispatcher) -> bool:
     return (await dispatcher.status()).in_flight_count == 0
+
+
+async def test_a_drain_that_cannot_be_recorded_is_made_all_the_same(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url)) as (world, dispatcher):
+        await world.sql("ALTER TABLE audit_events ADD CONSTRAINT no_ CHECK (false) NOT VALID")
+        try:
+            answer = await dispatcher.drain(reason="new kernel")
+        finally:
+            await world.sql("ALTER TABLE audit_events DROP CONSTRAINT no_")
+        assert answer.status.state == dispatcher_pb2.DISPATCHER_STATE_DRAINING
 
 
 async def test_on_sigterm_mails_being_transmitted_finish_and_all_others_return_to_the_queue(

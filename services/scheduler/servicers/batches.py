@@ -13,13 +13,7 @@ from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from structlog.contextvars import bind_contextvars
 
-from outbox_server.services.scheduler.changes import (
-    Changes,
-    Made,
-    check_etag,
-    check_origin,
-    requested_change,
-)
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.filters.fields import (
     FieldTest,
     both,
@@ -77,6 +71,7 @@ from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, to_timestamp
+from outbox_server.shared.rpc.requested_changes import check_origin, requested_change
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.states import BatchState
 

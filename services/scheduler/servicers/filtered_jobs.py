@@ -9,7 +9,6 @@ from typing import Final, Protocol
 
 from outbox.v1 import email_job_service_pb2
 
-from outbox_server.services.scheduler.changes import AttributedRequest
 from outbox_server.services.scheduler.filters.fields import (
     FieldTest,
     Filter,
@@ -33,6 +32,7 @@ from outbox_server.shared.bounds import MAX_EXPIRE_AFTER
 from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import from_duration, from_timestamp, parse_id
+from outbox_server.shared.rpc.requested_changes import AttributedRequest
 from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import JobState, requested_enum
 

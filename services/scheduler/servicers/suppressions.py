@@ -11,7 +11,7 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.changes import Changes, Made, check_etag, check_origin
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.erasing import erase_recipient, forget_changes
 from outbox_server.services.scheduler.filters.fields import check_filter
 from outbox_server.services.scheduler.filters.grammar import parse_filter
@@ -54,6 +54,7 @@ from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
+from outbox_server.shared.rpc.requested_changes import check_origin
 from outbox_server.shared.user_quotas import UserQuotas
 
 _MAX_SHOWN: Final = 80
