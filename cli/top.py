@@ -9,7 +9,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Final
 
 import typer
-from outbox.v1.dispatcher_pb2 import DispatcherStatus
-from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
+from outbox.v1.dispatcher_pb2 import DispatcherRates, DispatcherStatus
+from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest, ListDispatchersRequest
 from outbox.v1.email_job_service_pb2 import ExplainEmailJobRequest, ExplainEmailJobResponse
 from outbox.v1.sender_pb2 import Sender
 from outbox.v1.sender_service_pb2 import (
@@ -50,6 +50,8 @@ from outbox_server.cli.top_view import SenderView, View, draw, help_screen
 _MAX_SENDERS: Final = 30
 _REFRESH_S: Final = 1.0
 _RETRY_AFTER_S: Final = 10.0
+# The time limit of a call of a dispatcher.
+_DISPATCHER_TIMEOUT_S: Final = 2.0
 _UP: Final = ("\x1b[A", "\x1bOA", "k")
 _DOWN: Final = ("\x1b[B", "\x1bOB", "j")
 # An arrow key sends three characters, "page down" four.
@@ -83,7 +85,8 @@ def top(
         typer.Option(
             "--dispatcher",
             metavar="HOST:PORT",
-            help="Address of a dispatcher. Repeatable (default: all of `outbox up`).",
+            help="Address of a dispatcher, which knows all others too. Repeatable "
+            "(default: all of `outbox up`).",
             rich_help_panel=CONNECTION_PANEL,
         ),
     ] = None,
@@ -190,12 +193,16 @@ class _Monitor:
             troubles.append(in_brief(error, "the scheduler or the stats service"))
         now = time.monotonic()
         asked = [each for each in self.dispatchers if now >= each.ask_at]
+        answering: list[_Dispatcher] = []
         for each, answer in zip(asked, self._pool.map(_ask_dispatcher, asked), strict=True):
             each.trouble = ""
             if isinstance(answer, DispatcherStatus):
                 dispatchers.append(answer)
+                answering.append(each)
             else:
                 each.trouble = f"dispatcher {each.address}: {answer}"
+        if answering:
+            dispatchers += _others(answering[0], {each.dispatcher_id for each in dispatchers})
         troubles += [each.trouble for each in self.dispatchers if each.trouble]
         troubles += sorted(filter(None, {_held(each) for each in dispatchers}))
         self.view = View(
@@ -274,10 +281,37 @@ class _Monitor:
 def _ask_dispatcher(asked: _Dispatcher) -> DispatcherStatus | str:
     """Return the status of a dispatcher, or why there is none."""
     try:
-        return asked.client.dispatcher.GetDispatcherStatus(GetDispatcherStatusRequest(), timeout=2)
+        return asked.client.dispatcher.GetDispatcherStatus(
+            GetDispatcherStatusRequest(), timeout=_DISPATCHER_TIMEOUT_S
+        )
     except CallError as error:
         asked.ask_at = time.monotonic() + _RETRY_AFTER_S
         return in_brief(error)
+
+
+def _others(asked: _Dispatcher, known: Collection[str]) -> list[DispatcherStatus]:
+    """Return the running dispatchers that are not `known`, as they last reported themselves."""
+    try:
+        found = asked.client.dispatcher.ListDispatchers(
+            ListDispatchersRequest(), timeout=_DISPATCHER_TIMEOUT_S
+        )
+    except CallError:
+        # PostgreSQL cannot be reached, or this dispatcher has an older release. The view has those
+        # that have answered themselves.
+        return []
+    return [
+        DispatcherStatus(
+            dispatcher_id=one.dispatcher_id,
+            state=one.state,
+            in_flight_count=one.in_flight_count,
+            concurrency=one.concurrency,
+            rates=DispatcherRates(
+                sent_per_second=one.sent_per_second, attempts_per_second=one.attempts_per_second
+            ),
+        )
+        for one in found.dispatchers
+        if one.dispatcher_id not in known
+    ]
 
 
 def _held(status: DispatcherStatus) -> str:

@@ -285,7 +285,7 @@ def _endpoints(view: View, width: int) -> Table:
             *(_latencies(view.endpoints, each) if with_latencies else ()),
             _line(each.last_error),
         )
-        for each in _joined(view.dispatchers)
+        for each in _joined(view)
     ]
     table = Table(box=None, pad_edge=False)
     latencies = ("p50", "p99") if with_latencies else ()
@@ -314,10 +314,10 @@ def _short(latency: Duration) -> str:
     return f"{seconds:.1f}s" if seconds >= 1 else f"{seconds * 1000:.0f}ms"
 
 
-def _joined(dispatchers: Sequence[DispatcherStatus]) -> list[EndpointStatus]:
+def _joined(view: View) -> list[EndpointStatus]:
     """Return each endpoint once, as all dispatchers together see it."""
     found: dict[tuple[str, int], EndpointStatus] = {}
-    for endpoint in (each for dispatcher in dispatchers for each in dispatcher.endpoints):
+    for endpoint in (each for dispatcher in view.dispatchers for each in dispatcher.endpoints):
         known = found.setdefault((endpoint.host, endpoint.port), EndpointStatus())
         connections = known.connection_count + endpoint.connection_count
         users = max(known.stopped_user_count, endpoint.stopped_user_count)
@@ -329,6 +329,12 @@ def _joined(dispatchers: Sequence[DispatcherStatus]) -> list[EndpointStatus]:
         joined.MergeFrom(second)
         joined.connection_count, joined.stopped_user_count = connections, users
         found[endpoint.host, endpoint.port] = joined
+    # Those that only dispatchers use which were not asked themselves.
+    for stats in view.endpoints:
+        other = EndpointStatus(host=stats.host, port=stats.port)
+        if stats.HasField("circuit_open_time"):
+            other.circuit_open_time.CopyFrom(stats.circuit_open_time)
+        found.setdefault((stats.host, stats.port), other)
     return list(found.values())
 
 

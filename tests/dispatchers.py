@@ -91,9 +91,10 @@ class DispatcherClient:
 class RunningDispatcher(DispatcherClient):
     """A dispatcher in this process."""
 
-    def __init__(self, channel: grpc.aio.Channel, stop: asyncio.Event) -> None:
+    def __init__(self, channel: grpc.aio.Channel, stop: asyncio.Event, address: str) -> None:
         super().__init__(channel)
         self.stopping = stop
+        self.address = address
 
 
 @asynccontextmanager
@@ -103,9 +104,10 @@ async def running(settings: Settings) -> AsyncIterator[RunningDispatcher]:
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         group.create_task(serve(settings, stop, ready=port.set_result))
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
+        address = f"127.0.0.1:{await port}"
+        async with grpc.aio.insecure_channel(address) as channel:
             try:
-                yield RunningDispatcher(channel, stop)
+                yield RunningDispatcher(channel, stop, address)
             finally:
                 stop.set()
 

@@ -21,8 +21,10 @@ from outbox.v1.sender_service_pb2 import GetSenderRequest
 from outbox_server.deploy.ports import free_port
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from tests import cooldowns
+from tests.dispatchers import options, running, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.smtp_servers import ScriptedServer
 from tests.stats_stack import running_stats
 
 COMMAND = (str(Path(sys.executable).parent / "outbox"), "top", "--user", "ann")
@@ -177,6 +179,27 @@ async def test_top_without_a_real_terminal_prints_one_document_or_a_clear_error(
         async with asyncio.timeout(PATIENCE):
             assert await screen.process.wait() == 1
         await eventually(lambda: screen.shows("TERM is 'dumb'"))
+
+
+async def test_top_shows_all_dispatchers_if_one_of_them_answers(
+    scheduler: Scheduler, stats: str, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with ScriptedServer({}) as server:
+        settings = settings_of(options(database_url, redis_url, server.url))
+        async with running(settings) as one, running(settings) as other:
+            ids = {(await each.status()).dispatcher_id for each in (one, other)}
+            await eventually(lambda: scheduler.value("SELECT count(*) FROM dispatchers") == 2)
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND,
+                *("-o", "json", "--dispatcher", one.address),
+                stdout=asyncio.subprocess.PIPE,
+                env=environment(scheduler, stats),
+                cwd=tmp_path,
+            )
+            out, _ = await process.communicate()
+    found = json.loads(out)
+    shown = [each["dispatcher_id"] for each in found["dispatchers"]]
+    assert (len(shown), set(shown), found["troubles"]) == (2, ids, [])
 
 
 async def test_top_pages_through_more_senders_than_fit(

@@ -207,6 +207,26 @@ def test_an_endpoint_of_two_dispatchers_is_shown_once_with_its_latest_error() ->
         assert {"one", "two"} <= {line.split(" ")[0] for line in out.getvalue().splitlines()}
 
 
+def test_an_endpoint_of_a_dispatcher_that_was_not_asked_is_shown_too() -> None:
+    known = EndpointStatus(host="smtp0.example.com", port=587, last_error="seen here")
+    dispatchers = [
+        DispatcherStatus(dispatcher_id="asked", concurrency=5, endpoints=[known]),
+        DispatcherStatus(dispatcher_id="another", concurrency=5, in_flight_count=3),
+    ]
+    elsewhere = EndpointStats(host="smtp9.example.com", port=25, circuit_open_time=at(NOW))
+    here = EndpointStats(host="smtp0.example.com", port=587)
+    out = io.StringIO()
+    console = Console(file=out, width=120, height=30, markup=False)
+    view = View(NOW, [sender(1)], dispatchers, [here, elsewhere])
+    console.print(draw(view, 0, "", console))
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert [line for line in lines if line.startswith("another")] == ["another 3/5 0.0 0.0"]
+    first, second = (line for line in lines if line.startswith("smtp"))
+    assert first.startswith("smtp0.example.com:587 closed")
+    assert first.endswith("seen here")
+    assert second.startswith("smtp9.example.com:25 open since 12:00:00")
+
+
 def test_the_help_names_every_key_and_column() -> None:
     out = io.StringIO()
     Console(file=out, width=80, height=24, markup=False).print(help_screen())
