@@ -23,7 +23,7 @@ from outbox_server.cli.key_options import (
     show_new_key,
 )
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, to_timestamp
+from outbox_server.cli.options import Filtering, Paging, to_timestamp
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -101,12 +101,18 @@ def get(key_id: KeyId, server: Server = None, output: Output = OutputFormat.TABL
 def list_(
     *,
     user: OnlyOfUser = "",
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the API keys by id, revoked and expired ones included, without their secrets."""
-    request = pb.ListApiKeysRequest(user_id=user)
+    """List the API keys by id, revoked and expired ones included, without their secrets.
+
+    $ outbox api-keys list --filter 'kind = OPERATOR AND read_only = false'
+    """
+    request = pb.ListApiKeysRequest(
+        user_id=user, filter=filtering.filter, order_by=filtering.order_by
+    )
     with connection("scheduler", server) as client:
         found = pages(client.api_keys.ListApiKeys, request, "api_keys", paging)
     show_list(found, "api_keys", _COLUMNS, output, what="API keys")

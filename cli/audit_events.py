@@ -10,7 +10,7 @@ from outbox.v1 import audit_service_pb2 as pb
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, time_option, to_timestamp
+from outbox_server.cli.options import Filtering, Paging, time_option, to_timestamp
 from outbox_server.cli.output import Output, OutputFormat, show_list
 
 _COLUMNS: Final = ("event_time", "actor", "identity", "action", "target", "reason")
@@ -37,6 +37,7 @@ def list_events(
         datetime | None,
         time_option("--before", "Only changes before this time."),
     ] = None,
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -45,10 +46,15 @@ def list_events(
 
     `-o json` shows the values before and after.
 
-    $ outbox audit-events --user acme
+    $ outbox audit-events --user acme --filter 'action = DeleteSender'
     """
     request = pb.ListAuditEventsRequest(
-        user_id=user, target=target, start_time=to_timestamp(after), end_time=to_timestamp(before)
+        user_id=user,
+        target=target,
+        start_time=to_timestamp(after),
+        end_time=to_timestamp(before),
+        filter=filtering.filter,
+        order_by=filtering.order_by,
     )
     with connection("scheduler", server) as client:
         page = pages(client.audit.ListAuditEvents, request, "audit_events", paging)

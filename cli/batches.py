@@ -113,12 +113,15 @@ def rejections(
     batch_id: BatchId,
     *,
     user: User = "",
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List the rejected rows of a batch, with the reasons."""
-    request = pb.ListRejectionsRequest(batch_id=batch_id, user_id=user)
+    request = pb.ListRejectionsRequest(
+        batch_id=batch_id, user_id=user, filter=filtering.filter, order_by=filtering.order_by
+    )
     with connection("scheduler", server) as client:
         page = pages(client.batches.ListRejections, request, "rejections", paging)
     show_list(page, "rejections", REJECTION_COLUMNS, output, what="rejections")

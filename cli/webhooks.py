@@ -15,7 +15,7 @@ from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User, enum_reader, read_duration
+from outbox_server.cli.options import Filtering, Paging, User, enum_reader, read_duration
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
 
@@ -96,15 +96,17 @@ def get(
 def list_(
     *,
     user: User = "",
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List a user's webhooks."""
+    """List a user's webhooks, the oldest first."""
+    request = pb.ListWebhooksRequest(
+        user_id=user, filter=filtering.filter, order_by=filtering.order_by
+    )
     with connection("scheduler", server) as client:
-        page = pages(
-            client.webhooks.ListWebhooks, pb.ListWebhooksRequest(user_id=user), "webhooks", paging
-        )
+        page = pages(client.webhooks.ListWebhooks, request, "webhooks", paging)
     show_list(page, "webhooks", _COLUMNS, output, what="webhooks")
 
 
@@ -236,12 +238,21 @@ def deliveries(
     webhook_id: WebhookId,
     *,
     user: User = "",
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the failed deliveries of a webhook: those to be tried again, and those given up."""
-    request = pb.ListWebhookDeliveriesRequest(webhook_id=webhook_id, user_id=user)
+    """List the failed deliveries of a webhook: those to be tried again, and those given up.
+
+    $ outbox webhooks deliveries $WEBHOOK --filter 'state = FAILED'
+    """
+    request = pb.ListWebhookDeliveriesRequest(
+        webhook_id=webhook_id,
+        user_id=user,
+        filter=filtering.filter,
+        order_by=filtering.order_by,
+    )
     with connection("scheduler", server) as client:
         page = pages(client.webhooks.ListWebhookDeliveries, request, "webhook_deliveries", paging)
     show_list(page, "webhook_deliveries", _DELIVERY_COLUMNS, output, what="deliveries")

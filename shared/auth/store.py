@@ -31,7 +31,7 @@ USE_INTERVAL: Final = timedelta(minutes=1)
 # Until the end of the transaction.
 _WAIT_BRIEFLY: Final = select(func.set_config("lock_timeout", _LOCK_LIMIT, literal(True)))
 
-_COLUMNS: Final = (
+KEY_COLUMNS: Final = (
     ApiKeyRow.key_id,
     ApiKeyRow.kind,
     ApiKeyRow.user_id,
@@ -44,7 +44,8 @@ _COLUMNS: Final = (
 )
 
 
-def _key(row: Any) -> ApiKey:
+def key_of(row: Any) -> ApiKey:
+    """Return the key of a row with KEY_COLUMNS."""
     return ApiKey(
         key_id=row.key_id,
         kind=ApiKeyKind(row.kind),
@@ -183,9 +184,9 @@ async def insert_key(
             read_only=read_only,
             expires_at=expires_at,
         )
-        .returning(*_COLUMNS)
+        .returning(*KEY_COLUMNS)
     )
-    return _key((await connection.execute(statement)).one())
+    return key_of((await connection.execute(statement)).one())
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,38 +215,26 @@ async def register_key(
         .returning(ApiKeyRow.key_id)
     )
     created = (await connection.execute(insertion)).one_or_none() is not None
-    statement = select(*_COLUMNS, ApiKeyRow.secret_hash).where(ApiKeyRow.key_id == key.key_id)
+    statement = select(*KEY_COLUMNS, ApiKeyRow.secret_hash).where(ApiKeyRow.key_id == key.key_id)
     row = (await connection.execute(statement)).one()
-    return Registration(_key(row), row.secret_hash, created)
+    return Registration(key_of(row), row.secret_hash, created)
 
 
 async def list_keys(connection: AsyncConnection, user_id: str | None) -> Sequence[ApiKey]:
     """Return all keys, or all keys of one user, the oldest first, including revoked ones."""
-    statement = select(*_COLUMNS).order_by(ApiKeyRow.created_at, ApiKeyRow.key_id)
+    statement = select(*KEY_COLUMNS).order_by(ApiKeyRow.created_at, ApiKeyRow.key_id)
     if user_id is not None:
         statement = statement.where(ApiKeyRow.user_id == user_id)
-    return [_key(row) for row in await connection.execute(statement)]
-
-
-async def list_keys_after(
-    connection: AsyncConnection, user_id: str | None, after: str, limit: int
-) -> Sequence[ApiKey]:
-    """Return the first `limit` keys after an id, in the order of ids. `user_id` None means all."""
-    statement = (
-        select(*_COLUMNS).where(ApiKeyRow.key_id > after).order_by(ApiKeyRow.key_id).limit(limit)
-    )
-    if user_id is not None:
-        statement = statement.where(ApiKeyRow.user_id == user_id)
-    return [_key(row) for row in await connection.execute(statement)]
+    return [key_of(row) for row in await connection.execute(statement)]
 
 
 async def read_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
     """Return a key, also a revoked one; None if it does not exist."""
     if not is_key_id(key_id):  # PostgreSQL cannot compare every text
         return None
-    statement = select(*_COLUMNS).where(ApiKeyRow.key_id == key_id)
+    statement = select(*KEY_COLUMNS).where(ApiKeyRow.key_id == key_id)
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _key(row)
+    return None if row is None else key_of(row)
 
 
 async def revoke_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
@@ -254,7 +243,7 @@ async def revoke_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
         update(ApiKeyRow)
         .where(ApiKeyRow.key_id == key_id)
         .values(revoked_at=func.coalesce(ApiKeyRow.revoked_at, func.now()))
-        .returning(*_COLUMNS)
+        .returning(*KEY_COLUMNS)
     )
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _key(row)
+    return None if row is None else key_of(row)

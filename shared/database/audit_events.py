@@ -8,8 +8,7 @@ from datetime import datetime
 from typing import Any, Final
 from urllib.parse import quote
 
-from sqlalchemy import BigInteger, Text, cast, func, insert, literal, or_, select, tuple_, update
-from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy import Text, cast, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.bounds import MAX_AUDITED_TEXT
@@ -34,17 +33,8 @@ class RecordedChange:
     user_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ChangeFilter:
-    """Which changes to list. None means any."""
-
-    user_id: str | None = None
-    target: str | None = None
-    start: datetime | None = None
-    end: datetime | None = None
-
-
-_COLUMNS: Final = (
+# In the order of the fields of RecordedChange.
+CHANGE_COLUMNS: Final = (
     AuditEvent.actor,
     AuditEvent.action,
     AuditEvent.target,
@@ -98,37 +88,11 @@ async def read_changes(
 ) -> Sequence[RecordedChange]:
     """Return the last changes of one kind, the newest first."""
     rows = await connection.execute(
-        select(*_COLUMNS)
+        select(*CHANGE_COLUMNS)
         .where(AuditEvent.action == action)
         .order_by(AuditEvent.id.desc())
         .limit(limit)
     )
-    return [RecordedChange(*row) for row in rows]
-
-
-async def list_changes(
-    connection: AsyncConnection,
-    which: ChangeFilter,
-    before: tuple[datetime, int] | None,
-    limit: int,
-) -> Sequence[RecordedChange]:
-    """Return the newest `limit` changes, those before the position `before`."""
-    place = tuple_(AuditEvent.happened_at, AuditEvent.id)
-    statement = (
-        select(*_COLUMNS).order_by(AuditEvent.happened_at.desc(), AuditEvent.id.desc()).limit(limit)
-    )
-    if before is not None:
-        at, event_id = before
-        statement = statement.where(
-            place < tuple_(literal(at, TIMESTAMP(timezone=True)), literal(event_id, BigInteger))
-        )
-    if which.target is not None:
-        statement = statement.where(AuditEvent.target == which.target)
-    if which.start is not None:
-        statement = statement.where(AuditEvent.happened_at >= which.start)
-    if which.end is not None:
-        statement = statement.where(AuditEvent.happened_at < which.end)
-    rows = await connection.execute(owned_by(statement, AuditEvent.user_id, which.user_id))
     return [RecordedChange(*row) for row in rows]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from outbox_client import AsyncClient, Client
 
 from outbox_server import cli
 from outbox_server.cli.client_options import CONNECTION_PANEL, place_options
@@ -81,6 +83,16 @@ def test_every_changing_request_is_made_by_a_command() -> None:
     }
     # The test before this one finds a command by the requests that its code names.
     assert CHANGES.keys() - names == set()
+
+
+def test_the_client_reads_all_pages_of_every_list() -> None:
+    lists = {
+        re.sub("(?<!^)([A-Z])", r"_\1", method.name).lower()
+        for method in contract_methods()
+        if method.name.startswith("List") and "page_token" in method.input_type.fields_by_name
+    }
+    for client in (Client, AsyncClient):
+        assert {name for name in lists if not hasattr(client, name)} == set()
 
 
 def test_every_method_of_the_contract_has_a_command() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Final, TypeAlias
@@ -57,10 +57,14 @@ _TIME: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class FilterField:
-    """A field that filters may name. `states` has the numbers of states by their names."""
+    """A field that filters may name.
+
+    `states` has the numbers of states by their names, which may also begin with `prefix`.
+    """
 
     kind: FieldKind
-    states: Mapping[str, int] | None = None
+    states: Mapping[str, int] = field(default_factory=dict)
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ def _value(comparison: Comparison, field: FilterField) -> Value:
     found: Value = text
     match field.kind:
         case FieldKind.STATE:
-            found = _state(text, at, field.states or {})
+            found = _state(text, at, field)
         case FieldKind.FLAG:
             found = _flag(text, at)
         case FieldKind.ID:
@@ -164,11 +168,10 @@ def stored_address(text: str) -> str | None:
         return None
 
 
-def _state(text: str, at: int, states: Mapping[str, int]) -> int:
-    state = states.get(text.upper())
+def _state(text: str, at: int, field: FilterField) -> int:
+    state = field.states.get(text.upper().removeprefix(field.prefix))
     if state is None:
-        known = ", ".join(name for name in states if "_STATE_" not in name)
-        raise wrong_filter(at, f"{shown(text)} is not one of {known}")
+        raise wrong_filter(at, f"{shown(text)} is not one of {', '.join(field.states)}")
     return state
 
 

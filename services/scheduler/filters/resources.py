@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Final
 
 from outbox_server.services.scheduler.filters.fields import FieldKind, FilterField
+from outbox_server.shared.auth.keys import ApiKeyKind
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.states import JobState, SenderState
 
@@ -20,10 +21,15 @@ class ShownBatchState(IntEnum):
     PAUSED = 4
 
 
+class DeliveryState(IntEnum):
+    """The states of a failed delivery of a webhook, numbered as in the proto."""
+
+    PENDING = 1
+    FAILED = 2
+
+
 def _states(kind: type[IntEnum], prefix: str) -> FilterField:
-    names = {state.name: int(state) for state in kind}
-    long = {f"{prefix}{name}": number for name, number in names.items()}
-    return FilterField(FieldKind.STATE, names | long)
+    return FilterField(FieldKind.STATE, {state.name: int(state) for state in kind}, prefix)
 
 
 _ID: Final = FilterField(FieldKind.ID)
@@ -68,11 +74,53 @@ SENDER_FIELDS: Final[Mapping[str, FilterField]] = {
     "update_time": _TIME,
 }
 SUPPRESSION_FIELDS: Final[Mapping[str, FilterField]] = {"reason": _TEXT, "create_time": _TIME}
+CHANGE_FIELDS: Final[Mapping[str, FilterField]] = {
+    "actor": _TEXT,
+    "identity": _TEXT,
+    "action": _TEXT,
+    "target": _TEXT,
+    "user_id": _TEXT,
+    "event_time": _TIME,
+}
+DELIVERY_FIELDS: Final[Mapping[str, FilterField]] = {
+    "state": _states(DeliveryState, "WEBHOOK_DELIVERY_STATE_"),
+    "event_count": _NUMBER,
+    "attempt_count": _NUMBER,
+    "http_status": _NUMBER,
+    "create_time": _TIME,
+    "next_attempt_time": _TIME,
+}
+REJECTION_FIELDS: Final[Mapping[str, FilterField]] = {
+    "row_number": _NUMBER,
+    "column": _TEXT,
+    "reason": _TEXT,
+}
+KEY_FIELDS: Final[Mapping[str, FilterField]] = {
+    "kind": _states(ApiKeyKind, "API_KEY_KIND_"),
+    "user_id": _TEXT,
+    "display_name": _TEXT,
+    "read_only": _FLAG,
+    "create_time": _TIME,
+    "expire_time": _TIME,
+    "last_use_time": _TIME,
+    "revoke_time": _TIME,
+}
+WEBHOOK_FIELDS: Final[Mapping[str, FilterField]] = {
+    "url": _TEXT,
+    "sender_id": _ID,
+    "disabled": _FLAG,
+    "create_time": _TIME,
+}
 # The orders of each list. The first one is the default.
 JOB_ORDERS: Final = ("create_time", "create_time desc", "schedule_time", "schedule_time desc")
 BATCH_ORDERS: Final = ("create_time desc", "create_time")
 SENDER_ORDERS: Final = ("create_time", "create_time desc")
 SUPPRESSION_ORDERS: Final = ("email", "email desc")
+CHANGE_ORDERS: Final = ("event_time desc", "event_time")
+DELIVERY_ORDERS: Final = ("create_time", "create_time desc")
+REJECTION_ORDERS: Final = ("row_number", "row_number desc")
+KEY_ORDERS: Final = ("api_key_id", "api_key_id desc")
+WEBHOOK_ORDERS: Final = ("create_time", "create_time desc")
 
 
 def check_order(text: str, orders: Sequence[str]) -> tuple[str, bool]:

@@ -10,7 +10,9 @@ from outbox.v1 import api_key_pb2, api_key_service_pb2, api_key_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.changes import Changes, Made
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user
+from outbox_server.services.scheduler.filters.resources import KEY_FIELDS, KEY_ORDERS
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, checked_list
+from outbox_server.services.scheduler.storage.api_keys import list_api_keys
 from outbox_server.shared import bounds
 from outbox_server.shared.auth import store
 from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, make_key
@@ -94,12 +96,20 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         context: Context,
     ) -> api_key_service_pb2.ListApiKeysResponse:
         """Return one page of the keys."""
-        user_id = acting_user(request.user_id)
+        wrong = Violations()
+        user_id = wrong.value(lambda: acting_user(request.user_id), None)
+        tree, descending = checked_list(request, KEY_FIELDS, KEY_ORDERS, wrong)
+        wrong.raise_any()
         bind_call(user_id)
-        page = requested_page(request, "api_keys", user_id, start=("",))
+        filters = (user_id, request.filter, request.order_by)
+        page = requested_page(request, "api_keys", *filters, start=("",))
         async with self._engine.connect() as connection:
-            found = await store.list_keys_after(connection, user_id, *page.after, page.limit)
-        shown, token = page.cut(found, lambda key: (key.key_id,))
+            found, reached = await list_api_keys(
+                connection, user_id, tree, *page.after, page.limit, descending=descending
+            )
+        shown, token = page.cut(
+            found, lambda key: (key.key_id,), None if reached is None else (reached,)
+        )
         return api_key_service_pb2.ListApiKeysResponse(
             api_keys=[_to_key(key) for key in shown], next_page_token=token
         )

@@ -11,13 +11,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import audit_pb2, audit_service_pb2, audit_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user
+from outbox_server.services.scheduler.filters.resources import CHANGE_FIELDS, CHANGE_ORDERS
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, checked_list
+from outbox_server.services.scheduler.storage.audit_events import ChangeFilter, list_changes
 from outbox_server.shared.bounds import AUDIT_TARGET
-from outbox_server.shared.database.audit_events import (
-    ChangeFilter,
-    RecordedChange,
-    list_changes,
-)
+from outbox_server.shared.database.audit_events import RecordedChange
 from outbox_server.shared.errors import Violations
 from outbox_server.shared.rpc.page_tokens import MAX_ID
 from outbox_server.shared.rpc.paging import requested_page
@@ -26,8 +24,9 @@ from outbox_server.shared.rpc.proto_mapping import from_timestamp, id_text, to_t
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _LAST_US: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-# After every event.
-_START: Final = (MAX_ID, MAX_ID)
+# After and before every event.
+_LAST: Final = (MAX_ID, MAX_ID)
+_FIRST: Final = (0, 0)
 
 
 class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
@@ -41,21 +40,30 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         request: audit_service_pb2.ListAuditEventsRequest,
         context: Context,
     ) -> audit_service_pb2.ListAuditEventsResponse:
-        """Return one page of changes, the newest first."""
+        """Return one page of changes, the newest first unless another order is asked for."""
         wrong = Violations()
+        tree, descending = checked_list(request, CHANGE_FIELDS, CHANGE_ORDERS, wrong)
         which = ChangeFilter(
             user_id=wrong.value(lambda: acting_user(request.user_id), None),
             target=wrong.value(lambda: AUDIT_TARGET.check("target", request.target), "") or None,
             start=wrong.value(lambda: _time(request, request.start_time, "start_time"), None),
             end=wrong.value(lambda: _time(request, request.end_time, "end_time"), None),
+            tree=tree,
         )
         wrong.raise_any()
         filters = (which.user_id, which.target, which.start, which.end)
-        page = requested_page(request, "audit_events", *filters, start=_START)
-        before = None if page.after == _START else (_from_us(page.after[0]), page.after[1])
+        start = _LAST if descending else _FIRST
+        page = requested_page(
+            request, "audit_events", *filters, request.filter, request.order_by, start=start
+        )
+        after = None if page.after == start else (_from_us(page.after[0]), page.after[1])
         async with self._engine.connect() as connection:
-            found = await list_changes(connection, which, before, page.limit)
-        shown, token = page.cut(found, _position)
+            found, reached = await list_changes(
+                connection, which, after, page.limit, descending=descending
+            )
+        shown, token = page.cut(
+            found, _position, None if reached is None else (_to_us(reached[0]), reached[1])
+        )
         return audit_service_pb2.ListAuditEventsResponse(
             audit_events=map(_to_event, shown), next_page_token=token
         )
@@ -66,8 +74,11 @@ def _time(request: Message, stamp: Timestamp, name: str) -> datetime | None:
 
 
 def _position(change: RecordedChange) -> tuple[int, int]:
-    at = change.happened_at or _EPOCH
-    return (at - _EPOCH) // _MICROSECOND, change.event_id
+    return _to_us(change.happened_at or _EPOCH), change.event_id
+
+
+def _to_us(at: datetime) -> int:
+    return (at - _EPOCH) // _MICROSECOND
 
 
 def _from_us(us: int) -> datetime:

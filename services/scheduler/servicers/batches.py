@@ -22,6 +22,8 @@ from outbox_server.services.scheduler.filters.fields import (
 from outbox_server.services.scheduler.filters.resources import (
     BATCH_FIELDS,
     BATCH_ORDERS,
+    REJECTION_FIELDS,
+    REJECTION_ORDERS,
 )
 from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake, recipient_suppressed
@@ -289,14 +291,26 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ListRejectionsResponse:
         """Return one page of a batch's rejections."""
-        user_id = acting_user(request.user_id)
-        batch_id = parse_id(request.batch_id, "batch_id")
-        page = requested_page(request, "rejections", user_id, batch_id, start=(0,))
+        wrong = Violations()
+        user_id = wrong.value(lambda: acting_user(request.user_id), None)
+        batch_id = wrong.value(lambda: parse_id(request.batch_id, "batch_id"), 0)
+        tree, descending = checked_list(request, REJECTION_FIELDS, REJECTION_ORDERS, wrong)
+        wrong.raise_any()
+        filters = (user_id, batch_id, request.filter, request.order_by)
+        page = requested_page(
+            request, "rejections", *filters, start=(page_tokens.MAX_ID if descending else 0,)
+        )
         async with self._engine.connect() as connection:
             if not await storage.batch_exists(connection, batch_id, user_id):
                 raise not_found("batch_id", request.batch_id)
-            found = await storage.list_rejections(connection, batch_id, *page.after, page.limit)
-        shown, token = page.cut(found, lambda rejection: (rejection.row_number,))
+            found, reached = await storage.list_rejections(
+                connection, batch_id, *page.after, page.limit, tree, descending=descending
+            )
+        shown, token = page.cut(
+            found,
+            lambda rejection: (rejection.row_number,),
+            None if reached is None else (reached,),
+        )
         return batch_service_pb2.ListRejectionsResponse(
             rejections=to_rejections(shown), next_page_token=token
         )
@@ -432,9 +446,11 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             )
             if found is None:
                 raise _lost_again(accepted.batch_id)
-            rejections = accepted.rejections or await storage.list_rejections(
-                connection, found.batch_id, 0, bounds.MAX_SHOWN_REJECTIONS
-            )
+            rejections = accepted.rejections
+            if not rejections:
+                rejections, _ = await storage.list_rejections(
+                    connection, found.batch_id, 0, bounds.MAX_SHOWN_REJECTIONS
+                )
             known = await self._forecaster.forecast(connection, found)
         return _response(accepted, found, rejections, known)
 

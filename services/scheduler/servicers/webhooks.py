@@ -17,10 +17,17 @@ from outbox_server.services.scheduler.changes import (
     check_etag,
     differences,
 )
+from outbox_server.services.scheduler.filters.resources import (
+    DELIVERY_FIELDS,
+    DELIVERY_ORDERS,
+    WEBHOOK_FIELDS,
+    WEBHOOK_ORDERS,
+)
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
     check_mask,
+    checked_list,
     named_user,
 )
 from outbox_server.services.scheduler.storage import webhook_deliveries
@@ -34,6 +41,7 @@ from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.id_source import IdSource
+from outbox_server.shared.rpc.page_tokens import MAX_ID
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import (
     from_duration,
@@ -137,11 +145,19 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         context: Context,
     ) -> webhook_service_pb2.ListWebhooksResponse:
         """Return one page of a user's webhooks."""
-        user_id = named_user(request.user_id)
-        page = requested_page(request, "webhooks", user_id, start=(0,))
+        wrong = Violations()
+        user_id = wrong.value(lambda: named_user(request.user_id), "")
+        tree, descending = checked_list(request, WEBHOOK_FIELDS, WEBHOOK_ORDERS, wrong)
+        wrong.raise_any()
+        filters = (user_id, request.filter, request.order_by)
+        page = requested_page(request, "webhooks", *filters, start=(MAX_ID if descending else 0,))
         async with self._engine.connect() as connection:
-            found = await storage.list_webhooks(connection, user_id, *page.after, page.limit)
-        shown, token = page.cut(found, lambda one: (one.webhook_id,))
+            found, reached = await storage.list_webhooks(
+                connection, user_id, tree, *page.after, page.limit, descending=descending
+            )
+        shown, token = page.cut(
+            found, lambda one: (one.webhook_id,), None if reached is None else (reached,)
+        )
         return webhook_service_pb2.ListWebhooksResponse(
             webhooks=map(_to_webhook, shown), next_page_token=token
         )
@@ -257,16 +273,27 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         context: Context,
     ) -> webhook_service_pb2.ListWebhookDeliveriesResponse:
         """Return one page of the failed deliveries of a webhook."""
-        user_id = acting_user(request.user_id)
+        wrong = Violations()
+        user_id = wrong.value(lambda: acting_user(request.user_id), None)
+        tree, descending = checked_list(request, DELIVERY_FIELDS, DELIVERY_ORDERS, wrong)
+        wrong.raise_any()
+        filters = (user_id, request.webhook_id, request.filter, request.order_by)
         page = requested_page(
-            request, "webhook_deliveries", user_id, request.webhook_id, start=(0,)
+            request, "webhook_deliveries", *filters, start=(MAX_ID if descending else 0,)
         )
         async with self._engine.connect() as connection:
             webhook = await self._found(connection, request.webhook_id, user_id)
-            found = await webhook_deliveries.list_deliveries(
-                connection, webhook.webhook_id, *page.after, page.limit
+            found, reached = await webhook_deliveries.list_deliveries(
+                connection,
+                webhook.webhook_id,
+                tree,
+                *page.after,
+                page.limit,
+                descending=descending,
             )
-        shown, token = page.cut(found, lambda one: (one.delivery_id,))
+        shown, token = page.cut(
+            found, lambda one: (one.delivery_id,), None if reached is None else (reached,)
+        )
         return webhook_service_pb2.ListWebhookDeliveriesResponse(
             webhook_deliveries=map(_to_delivery, shown), next_page_token=token
         )

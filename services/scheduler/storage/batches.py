@@ -261,22 +261,35 @@ async def batch_exists(connection: AsyncConnection, batch_id: int, user_id: str 
     return (await connection.execute(statement)).one_or_none() is not None
 
 
+_REJECTION_LEAVES: Final[Mapping[str, Leaf]] = {
+    "row_number": column(BatchRejection.row_number),
+    "column": column(BatchRejection.column_name),
+    "reason": column(BatchRejection.reason),
+}
+
+
 async def list_rejections(
-    connection: AsyncConnection, batch_id: int, after_row: int, limit: int
-) -> Sequence[RowRejection]:
-    """Return the first `limit` rejections after row `after_row`. Check `batch_exists` before."""
-    rows = await connection.execute(
-        select(
-            BatchRejection.row_number,
-            BatchRejection.column_name,
-            BatchRejection.reason,
-            BatchRejection.detail,
-        )
-        .where(BatchRejection.batch_id == batch_id, BatchRejection.row_number > after_row)
-        .order_by(BatchRejection.row_number)
-        .limit(limit)
+    connection: AsyncConnection,
+    batch_id: int,
+    after_row: int,
+    limit: int,
+    tree: Filter | None = None,
+    *,
+    descending: bool = False,
+) -> tuple[Sequence[RowRejection], int | None]:
+    """Return the first `limit` rejections after row `after_row` that match.
+
+    Check `batch_exists` before. If there are fewer, although more may follow, the row where to
+    continue is returned too.
+    """
+    key = BatchRejection.row_number
+    rows = select(key, BatchRejection.column_name, BatchRejection.reason, BatchRejection.detail)
+    rows = rows.where(
+        BatchRejection.batch_id == batch_id, key < after_row if descending else key > after_row
     )
-    return [RowRejection(*row) for row in rows]
+    matches = None if tree is None else condition(tree, _REJECTION_LEAVES)
+    found = await search(connection, rows, key, matches, limit, descending=descending)
+    return [RowRejection(*row) for row in found.rows], found.reached
 
 
 async def read_pause(

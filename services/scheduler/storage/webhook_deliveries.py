@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, any_, delete, func, insert, literal, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    any_,
+    case,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.filters.fields import Filter
+from outbox_server.services.scheduler.filters.resources import DeliveryState
+from outbox_server.services.scheduler.storage.bounded import search
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.services.scheduler.storage.webhooks import (
     WEBHOOK_COLUMNS,
     WebhookRecord,
@@ -60,17 +76,43 @@ def _delivery(row: Any) -> DeliveryRecord:
     return DeliveryRecord(*row)
 
 
+_LEAVES: Final[Mapping[str, Leaf]] = {
+    "state": column(
+        case(
+            (WebhookDeliveryRow.next_at.is_not(None), int(DeliveryState.PENDING)),
+            else_=int(DeliveryState.FAILED),
+        )
+    ),
+    # As the largest type, which any number of a filter has.
+    "event_count": column(cast(WebhookDeliveryRow.event_count, BigInteger)),
+    "attempt_count": column(cast(WebhookDeliveryRow.attempts, BigInteger)),
+    "http_status": column(func.coalesce(cast(WebhookDeliveryRow.http_status, BigInteger), 0)),
+    "create_time": column(WebhookDeliveryRow.created_at),
+    "next_attempt_time": column(WebhookDeliveryRow.next_at, nullable=True),
+}
+
+
 async def list_deliveries(
-    connection: AsyncConnection, webhook_id: int, after: int, limit: int
-) -> Sequence[DeliveryRecord]:
-    """Return the first failed deliveries of a webhook after an id. Check its owner before."""
-    rows = await connection.execute(
-        select(*_DELIVERY)
-        .where(WebhookDeliveryRow.webhook_id == webhook_id, WebhookDeliveryRow.id > after)
-        .order_by(WebhookDeliveryRow.id)
-        .limit(limit)
+    connection: AsyncConnection,
+    webhook_id: int,
+    tree: Filter | None,
+    after: int,
+    limit: int,
+    *,
+    descending: bool,
+) -> tuple[Sequence[DeliveryRecord], int | None]:
+    """Return the first failed deliveries of a webhook after an id that match.
+
+    Check its owner before. If there are fewer than `limit`, although more may follow, the id where
+    to continue is returned too.
+    """
+    key = WebhookDeliveryRow.id
+    rows = select(*_DELIVERY).where(
+        WebhookDeliveryRow.webhook_id == webhook_id, key < after if descending else key > after
     )
-    return [_delivery(row) for row in rows]
+    matches = None if tree is None else condition(tree, _LEAVES)
+    found = await search(connection, rows, key, matches, limit, descending=descending)
+    return [_delivery(row) for row in found.rows], found.reached
 
 
 async def redeliver(connection: AsyncConnection, webhook_id: int, delivery_id: int | None) -> int:

@@ -11,6 +11,9 @@ from sqlalchemy import case, delete, func, insert, literal, select, update
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.filters.fields import Filter
+from outbox_server.services.scheduler.storage.bounded import search
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.shared.database.models import WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.events.storage import find_start, read_drawn
@@ -122,15 +125,40 @@ async def read_webhook(
     return None if row is None else webhook_of(row)
 
 
+_LEAVES: Final[Mapping[str, Leaf]] = {
+    "url": column(WebhookRow.url),
+    "sender_id": column(WebhookRow.sender_id, nullable=True),
+    "disabled": column(WebhookRow.disabled),
+    "create_time": column(WebhookRow.created_at),
+}
+
+
 async def list_webhooks(
-    connection: AsyncConnection, user_id: str, after: int, limit: int
-) -> Sequence[WebhookRecord]:
-    """Return the first webhooks of a user after an id."""
-    statement = (
-        select(*WEBHOOK_COLUMNS).where(WebhookRow.id > after).order_by(WebhookRow.id).limit(limit)
+    connection: AsyncConnection,
+    user_id: str,
+    tree: Filter | None,
+    after: int,
+    limit: int,
+    *,
+    descending: bool,
+) -> tuple[Sequence[WebhookRecord], int | None]:
+    """Return the first webhooks of a user after an id that match.
+
+    If there are fewer than `limit`, although more may follow, the id where to continue is returned
+    too.
+    """
+    key = WebhookRow.id
+    rows = select(*WEBHOOK_COLUMNS).where(key < after if descending else key > after)
+    matches = None if tree is None else condition(tree, _LEAVES)
+    found = await search(
+        connection,
+        owned_by(rows, WebhookRow.user_id, user_id),
+        key,
+        matches,
+        limit,
+        descending=descending,
     )
-    rows = await connection.execute(owned_by(statement, WebhookRow.user_id, user_id))
-    return [webhook_of(row) for row in rows]
+    return [webhook_of(row) for row in found.rows], found.reached
 
 
 async def update_webhook(

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from outbox.v1.api_key_pb2 import ApiKey
 from outbox.v1.api_key_service_pb2 import ListApiKeysRequest
+from outbox.v1.audit_pb2 import AuditEvent
+from outbox.v1.audit_service_pb2 import ListAuditEventsRequest
 from outbox.v1.batch_pb2 import Batch, BatchOptions, BatchState, Rejection
 from outbox.v1.batch_service_pb2 import (
     GetBatchRequest,
@@ -231,6 +233,10 @@ class AsyncClient(AsyncServices):
     def list_api_keys(self, request: ListApiKeysRequest) -> AsyncIterator[ApiKey]:
         """Yield the keys from all pages of ListApiKeys."""
         return self._items(self.api_keys.ListApiKeys, request, "api_keys")
+
+    def list_audit_events(self, request: ListAuditEventsRequest) -> AsyncIterator[AuditEvent]:
+        """Yield the changes from all pages of ListAuditEvents."""
+        return self._items(self.audit.ListAuditEvents, request, "audit_events")
 
     def list_suppressions(self, request: ListSuppressionsRequest) -> AsyncIterator[Suppression]:
         """Yield the suppressions from all pages of ListSuppressions."""
