@@ -16,9 +16,10 @@ from outbox.v1.email_job_event_pb2 import EmailJobEvent
 from outbox.v1.email_job_event_service_pb2 import WatchEmailJobsRequest, WatchEmailJobsResponse
 from outbox.v1.email_job_service_pb2 import CancelEmailJobRequest
 
-from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.engine import create_engine, unix_ms
 from outbox_server.shared.events.removing import remove_old_events
 from outbox_server.shared.events.watching import EventFilter, EventWatch
+from outbox_server.shared.rpc import page_tokens
 from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
@@ -283,6 +284,16 @@ async def test_old_events_are_removed_and_a_token_from_before_is_refused(
         assert scheduler.value("SELECT count(*) FROM job_events") == 1
         resumed = await Watch(scheduler, resume_token=watch.token).begun()
         assert len(await resumed.events(1)) == 1
+        # A token of two hours ago: events after it may have been removed.
+        stamp = unix_ms(datetime.now(UTC) - timedelta(hours=2))
+        stream = page_tokens.digest_filters("ann")
+        stale = page_tokens.encode("events of jobs", stream, (f"1.{stamp}",))
+        refusal = await refusal_of(Watch(scheduler, resume_token=stale).stream.read())
+        assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "RESUME_TOKEN_EXPIRED")
+        # From the same time on: begins with the oldest event that is kept.
+        start = at(datetime.now(UTC) - timedelta(days=9))
+        kept = await Watch(scheduler, start_time=start).begun()
+        assert len(await kept.events(1)) == 1
 
 
 async def test_a_quiet_watch_gets_new_positions(
