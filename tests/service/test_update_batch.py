@@ -35,7 +35,7 @@ from outbox_server.services.scheduler.storage.respreading import respread_part
 from outbox_server.shared import bounds
 from tests.dispatchers import DispatcherProcess, options, running, settings_of
 from tests.eventually import eventually
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.scheduler_stack import Refusal, Scheduler, refusal_of, running_scheduler
 from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World
 
@@ -308,6 +308,40 @@ async def test_a_change_names_the_batch_it_is_meant_for(scheduler: Scheduler) ->
     await scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=batch.batch_id))
     refused = await refusal_of(update(scheduler, batch, subject="Two"))
     assert (refused.code, refused.reason) == ("FAILED_PRECONDITION", "BATCH_CANCELLED")
+
+
+async def test_an_update_of_a_fixed_value_says_so_and_changes_nothing(
+    scheduler: Scheduler,
+) -> None:
+    batch = await scheduled(scheduler, labels={"campaign": "spring"})
+
+    async def refused(**fields: Any) -> Refusal:
+        changed = batch_pb2.Batch(batch_id=batch.batch_id, subject="New", **fields)
+        request = UpdateBatchRequest(batch=changed)
+        return await refusal_of(scheduler.batches.UpdateBatch(request))
+
+    wrong: dict[str, Any] = {
+        "state": batch_pb2.BATCH_STATE_PAUSED,
+        "sender_id": "7",
+        "reply_to": "me@x.org",
+        "external_id": "mine",
+        "labels": {"campaign": "autumn"},
+        "expire_after": to_duration(timedelta(hours=1)),
+    }
+    refusal = await refused(**wrong)
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "UPDATE_MASK_INVALID")
+    # All at once, and what to use instead.
+    assert set(refusal.violations) == {f"batch.{name}" for name in wrong}
+    assert "PauseBatch" in refusal.violations["batch.state"]
+    masked = await refusal_of(update(scheduler, batch, "state"))
+    assert "PauseBatch" in masked.violations["update_mask"]
+    assert (await get(scheduler, batch)).etag == batch.etag
+    # A changed copy of what was read has the present values.
+    copy = await get(scheduler, batch)
+    copy.subject = "Copy"
+    updated = await scheduler.batches.UpdateBatch(UpdateBatchRequest(batch=copy))
+    assert updated.etag != batch.etag
+    assert (await get(scheduler, batch)).subject == "Copy"
 
 
 async def test_a_large_batch_gets_a_simple_template_but_none_that_must_be_tried(

@@ -21,6 +21,7 @@ from outbox_server.services.scheduler.servicers.batch_mapping import (
 from outbox_server.services.scheduler.servicers.calls import (
     acting_user,
     check_mask,
+    check_unchangeable,
     requested_pause_end,
 )
 from outbox_server.services.scheduler.storage import batch_changes as storage
@@ -48,6 +49,16 @@ _TRIES: Final = 3
 _TIMES: Final = ("schedule_time", "spacing")
 _CONTENT: Final = (*TEXTS, "headers")
 _CHANGEABLE: Final = (*_CONTENT, *_TIMES)
+# What to use instead.
+_UNCHANGEABLE: Final = {
+    "state": "use PauseBatch, ResumeBatch or CancelBatch",
+    "user_id": "a batch stays with its user",
+    "sender_id": "a batch stays with its sender",
+    **dict.fromkeys(
+        ("reply_to", "name_column", "external_id", "labels", "expire_after", "duplicates", "mode"),
+        "it is fixed when the batch is accepted",
+    ),
+}
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
 _Step = Callable[[AsyncConnection, LockedBatch], Awaitable[bool]]
@@ -127,6 +138,8 @@ class BatchControl:
             batch = await self._lock(connection, request.batch.batch_id, user_id)
             found = await self._read(connection, batch, user_id)
             check_etag(request.batch.etag, batch_etag(batch.state, batch.revision), "this batch")
+            if not request.update_mask.paths:
+                _check_unchangeable(request.batch, to_batch(found))
             _check_not_cancelled(batch)
             if not values:
                 return await self._made(
@@ -278,8 +291,24 @@ def _masked(request: batch_service_pb2.UpdateBatchRequest) -> Sequence[str]:
     if not paths:
         given = [name for name in (*TEXTS, *_TIMES) if request.batch.HasField(name)]
         return [*given, "headers"] if request.batch.headers else given
-    check_mask(paths, _CHANGEABLE, lambda _: f"use {', '.join(_CHANGEABLE)}")
+    check_mask(
+        paths,
+        _CHANGEABLE,
+        lambda path: _UNCHANGEABLE.get(path, f"use {', '.join(_CHANGEABLE)}"),
+    )
     return paths
+
+
+def _check_unchangeable(asked: batch_pb2.Batch, present: batch_pb2.Batch) -> None:
+    """Check that an update without a mask changes no other field.
+
+    Raises:
+        InvalidInput: UPDATE_MASK_INVALID.
+    """
+    # The batch may have ended since it was read, or a job of it may be retried.
+    if {asked.state, present.state} == {batch_pb2.BATCH_STATE_ACTIVE, batch_pb2.BATCH_STATE_DONE}:
+        present.state = asked.state
+    check_unchangeable(asked, present, "batch", _UNCHANGEABLE)
 
 
 def _values(batch: batch_pb2.Batch, names: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
 from outbox.v1 import batch_pb2, batch_service_pb2, sender_service_pb2
 
 from outbox_server.services.scheduler.filters.fields import Filter, FilterField, check_filter
@@ -147,6 +148,29 @@ def check_mask(paths: Iterable[str], known: Container[str], hint: Callable[[str]
                 raise InvalidInput.field(
                     "update_mask",
                     f"{path[:80]!r} cannot be changed here; {hint(path)}",
+                    reason="UPDATE_MASK_INVALID",
+                )
+    wrong.raise_any()
+
+
+def check_unchangeable(
+    asked: Message, present: Message, field: str, hints: Mapping[str, str]
+) -> None:
+    """Check that an update without a mask, such as that with a changed copy, changes nothing else.
+
+    `field` names the resource in the request. `hints` say of each field that no update changes what
+    to use instead.
+
+    Raises:
+        InvalidInput: UPDATE_MASK_INVALID, with each field that is set and not the present value.
+    """
+    wrong = Violations()
+    for given, value in asked.ListFields():
+        with wrong:
+            if given.name in hints and value != getattr(present, given.name):
+                raise InvalidInput.field(
+                    f"{field}.{given.name}",
+                    f"cannot be changed here; {hints[given.name]}",
                     reason="UPDATE_MASK_INVALID",
                 )
     wrong.raise_any()

@@ -68,7 +68,7 @@ class SenderFields:
         check_mask(
             mask.paths,
             self._columns,
-            lambda path: _UNCHANGEABLE.get(
+            lambda path: UNCHANGEABLE.get(
                 path, f"use {', '.join(self._columns)}, or * for all of them"
             ),
         )
@@ -215,21 +215,7 @@ class SenderFields:
 
 
 # What UpdateSender cannot change, and the methods that can.
-_UNCHANGEABLE: Final = {
+UNCHANGEABLE: Final = {
     "state": "use PauseSender or ResumeSender",
     "user_id": "a sender stays with its user",
 }
-
-
-def check_unchangeable(asked: sender_pb2.Sender, present: sender_pb2.Sender) -> None:
-    """Check that a request without a mask, such as a changed copy, changes no other field.
-
-    Raises:
-        InvalidInput: UPDATE_MASK_INVALID.
-    """
-    for name, hint in _UNCHANGEABLE.items():
-        given = getattr(asked, name)
-        if given and given != getattr(present, name):
-            raise InvalidInput.field(
-                f"sender.{name}", f"cannot be changed here; {hint}", reason="UPDATE_MASK_INVALID"
-            )

@@ -34,14 +34,12 @@ from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
+    check_unchangeable,
     checked_list,
     named_user,
     requested_pause_end,
 )
-from outbox_server.services.scheduler.servicers.sender_fields import (
-    SenderFields,
-    check_unchangeable,
-)
+from outbox_server.services.scheduler.servicers.sender_fields import UNCHANGEABLE, SenderFields
 from outbox_server.services.scheduler.servicers.sender_mapping import (
     audited,
     etag_of,
@@ -213,7 +211,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         async def update(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
             before = await self._locked(connection, asked.sender_id, user_id, asked.etag)
             if mask is None or not mask.paths:
-                check_unchangeable(asked, self._answer(before))
+                check_unchangeable(asked, self._answer(before), "sender", UNCHANGEABLE)
             if not values:
                 return self._made(before, changed=False)
             await self._check_domain(connection, before.user_id, values)
