@@ -29,7 +29,7 @@ Value: TypeAlias = int | str | datetime | None
 class FieldKind(Enum):
     """The kind of a field's values, in the words of an error message."""
 
-    STATE = "a state"
+    STATE = "a name"
     FLAG = "true or false"
     ID = "an id"
     ADDRESS = "an e-mail address"
