@@ -73,7 +73,8 @@ async def search_by(
     for part in (min(_FIRST_PART * limit, left), left):
         rest = ordered if end is None else ordered.where(compared(keys, end, beyond))
         last = rest.with_only_columns(*keys).offset(part - 1).limit(1)
-        end = (await connection.execute(last)).one_or_none()
+        row = (await connection.execute(last)).one_or_none()
+        end = None if row is None else tuple(row)
         if end is not None:
             rest = rest.where(compared(keys, end, ge if descending else le))
         wanted = rest.where(matches).limit(limit - len(found))
@@ -81,7 +82,7 @@ async def search_by(
         left -= part
         if end is None or len(found) == limit or left <= 0:
             break
-    return FoundRows(found, None if len(found) == limit or end is None else tuple(end))
+    return FoundRows(found, None if len(found) == limit else end)
 
 
 def compared(
