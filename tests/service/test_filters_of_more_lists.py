@@ -39,9 +39,9 @@ async def test_rejections_webhooks_and_their_deliveries_are_filtered_and_ordered
     batch = (await scheduler.schedule(await scheduler.sender("ann"), csv)).batch
     for number, disabled in ((1, False), (2, True), (3, False)):
         scheduler.execute(
-            "INSERT INTO webhooks (id, user_id, url, secret, after_event, disabled)"
-            " VALUES (%s, 'ann', 'https://x.org/' || %s, '', 0, %s)",
-            *(number, number, disabled),
+            "INSERT INTO webhooks (id, user_id, url, secret, after_event, disabled, next_at)"
+            " VALUES (%s, 'ann', %s, '', 0, %s, now() + interval '1 day')",
+            *(number, f"https://x.org/{number}", disabled),
         )
         # Of the first webhook.
         scheduler.execute(
