@@ -66,6 +66,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         self._queues = queues
         self._on_drain = on_drain
         self._held_since = held_since
+        self._recording: asyncio.Task[None] | None = None
 
     async def GetDispatcherStatus(
         self,
@@ -97,12 +98,14 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         change = requested_change(request)
         begins = not self._dispatcher.draining
         self._on_drain()
-        async with asyncio.TaskGroup() as group:
-            drained = group.create_task(self._dispatcher.drain())
-            if begins:
-                group.create_task(self._record(change))
+        if begins:
+            # It goes on if the caller leaves.
+            self._recording = asyncio.create_task(self._record(change))
+        given_back = await self._dispatcher.drain()
+        if self._recording is not None:
+            await asyncio.shield(self._recording)
         return dispatcher_service_pb2.DrainDispatcherResponse(
-            status=await self._status(), given_back_count=drained.result()
+            status=await self._status(), given_back_count=given_back
         )
 
     async def _record(self, change: RecordedChange) -> None:

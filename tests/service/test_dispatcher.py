@@ -420,8 +420,8 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
             refused = await refusal_of(dispatcher.drain(identity="\0", reason="\0"))
             assert set(refused.violations) == {"identity", "reason"}
             assert not await is_draining(dispatcher)
-            said = {"identity": "carol@example.com", "reason": "new kernel"}
-            draining = asyncio.create_task(dispatcher.drain(**said))
+            said = "carol@example.com", "new kernel"
+            draining = asyncio.create_task(dispatcher.drain(identity=said[0], reason=said[1]))
             await eventually(lambda: is_draining(dispatcher))
             before.set()
             await eventually(lambda: server.waiting["rcpt"] == 0)
@@ -448,7 +448,7 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
                     "DrainDispatcher",
                     f"dispatchers/{answer.status.dispatcher_id}",
                     None,
-                    *said.values(),
+                    *said,
                     {"state": "SERVING"},
                     {"state": "DRAINING"},
                 )

@@ -185,7 +185,7 @@ async def test_top_shows_all_dispatchers_if_one_of_them_answers(
     scheduler: Scheduler, stats: str, database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
     async with ScriptedServer({}) as server:
-        settings = settings_of(options(database_url, redis_url, server.url))
+        settings = settings_of(options(database_url, redis_url, server.url, min_gap="2s"))
         async with running(settings) as one, running(settings) as other:
             ids = {(await each.status()).dispatcher_id for each in (one, other)}
             await eventually(lambda: scheduler.value("SELECT count(*) FROM dispatchers") == 2)

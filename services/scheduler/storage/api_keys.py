@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import Filter
@@ -41,7 +41,7 @@ async def list_api_keys(
     `user_id` None means the keys of all users. If there are fewer, although more may follow, the id
     where to continue is returned too.
     """
-    rows = select(*KEY_COLUMNS)
+    rows: Select[Any] = select(*KEY_COLUMNS)
     if after:
         rows = rows.where(ApiKeyRow.key_id < after if descending else ApiKeyRow.key_id > after)
     if user_id is not None:

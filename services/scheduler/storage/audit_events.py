@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import gt, lt
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import (
@@ -62,7 +62,7 @@ async def list_changes(
 
     If there are fewer, although more may follow, the place where to continue is returned too.
     """
-    rows = select(*CHANGE_COLUMNS)
+    rows: Select[Any] = select(*CHANGE_COLUMNS)
     if after is not None:
         rows = rows.where(compared(_KEYS, after, lt if descending else gt))
     if which.target is not None:
@@ -90,4 +90,4 @@ async def list_changes(
         descending=descending,
     )
     reached = None if found.reached is None else (found.reached[0], found.reached[1])
-    return [RecordedChange(*row) for row in found.rows], reached
+    return [RecordedChange(*tuple(row)) for row in found.rows], reached

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
-from sqlalchemy import BigInteger, ColumnElement, case, select
+from sqlalchemy import BigInteger, ColumnElement, Select, case, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -283,13 +283,15 @@ async def list_rejections(
     continue is returned too.
     """
     key = BatchRejection.row_number
-    rows = select(key, BatchRejection.column_name, BatchRejection.reason, BatchRejection.detail)
-    rows = rows.where(
-        BatchRejection.batch_id == batch_id, key < after_row if descending else key > after_row
-    )
+    rows: Select[Any] = select(
+        key, BatchRejection.column_name, BatchRejection.reason, BatchRejection.detail
+    ).where(BatchRejection.batch_id == batch_id, key < after_row if descending else key > after_row)
     matches = None if tree is None else condition(tree, _REJECTION_LEAVES)
     found = await search(connection, rows, key, matches, limit, descending=descending)
-    return [RowRejection(*row) for row in found.rows], found.reached
+    rejections = [
+        RowRejection(row.row_number, row.column_name, row.reason, row.detail) for row in found.rows
+    ]
+    return rejections, found.reached
 
 
 async def read_pause(

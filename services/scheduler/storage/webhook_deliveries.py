@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    Select,
     any_,
     case,
     cast,
@@ -107,7 +108,7 @@ async def list_deliveries(
     to continue is returned too.
     """
     key = WebhookDeliveryRow.id
-    rows = select(*_DELIVERY).where(
+    rows: Select[Any] = select(*_DELIVERY).where(
         WebhookDeliveryRow.webhook_id == webhook_id, key < after if descending else key > after
     )
     matches = None if tree is None else condition(tree, _LEAVES)
