@@ -31,7 +31,7 @@ USE_INTERVAL: Final = timedelta(minutes=1)
 # Until the end of the transaction.
 _WAIT_BRIEFLY: Final = select(func.set_config("lock_timeout", _LOCK_LIMIT, literal(True)))
 
-KEY_COLUMNS: Final = (
+KEY_COLUMNS: Final[tuple[Any, ...]] = (
     ApiKeyRow.key_id,
     ApiKeyRow.kind,
     ApiKeyRow.user_id,

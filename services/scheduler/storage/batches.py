@@ -261,6 +261,12 @@ async def batch_exists(connection: AsyncConnection, batch_id: int, user_id: str 
     return (await connection.execute(statement)).one_or_none() is not None
 
 
+_REJECTION: Final[tuple[Any, ...]] = (
+    BatchRejection.row_number,
+    BatchRejection.column_name,
+    BatchRejection.reason,
+    BatchRejection.detail,
+)
 _REJECTION_LEAVES: Final[Mapping[str, Leaf]] = {
     "row_number": column(BatchRejection.row_number),
     "column": column(BatchRejection.column_name),
@@ -283,9 +289,9 @@ async def list_rejections(
     continue is returned too.
     """
     key = BatchRejection.row_number
-    rows: Select[Any] = select(
-        key, BatchRejection.column_name, BatchRejection.reason, BatchRejection.detail
-    ).where(BatchRejection.batch_id == batch_id, key < after_row if descending else key > after_row)
+    rows: Select[Any] = select(*_REJECTION).where(
+        BatchRejection.batch_id == batch_id, key < after_row if descending else key > after_row
+    )
     matches = None if tree is None else condition(tree, _REJECTION_LEAVES)
     found = await search(connection, rows, key, matches, limit, descending=descending)
     rejections = [

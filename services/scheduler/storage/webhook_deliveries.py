@@ -59,7 +59,7 @@ class DeliveryRecord:
     error: str
 
 
-_DELIVERY: Final = (
+_DELIVERY: Final[tuple[Any, ...]] = (
     WebhookDeliveryRow.id,
     WebhookDeliveryRow.webhook_id,
     WebhookDeliveryRow.after_event,
