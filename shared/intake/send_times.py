@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from outbox_server.shared.bounds import MAX_TIME, TIME_ZONE
 
 _FORM = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d(?::?\d\d)?)?",
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d(?::?[0-5]\d)?)?",
     re.ASCII,
 )
 _EXAMPLE = "write 2026-11-24T09:00:00+01:00, or 2026-11-24 09:00 with a time_zone"

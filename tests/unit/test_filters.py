@@ -111,6 +111,7 @@ def test_a_filter_means_its_tree(text: str, expected: object) -> None:
         ("create_time > 2026-12-24", 15, "such as 2026-12-24T18:00:00Z"),
         ("create_time > 2026-12-24T18:00:00", 15, "with an offset"),
         ("create_time > 2026-13-24T18:00:00Z", 15, "is not a time"),
+        ("create_time > 2026-12-24T18:00:00+01:60", 15, "is not a time"),
         ("create_time > 0001-01-01T00:00:00+09:00", 15, "is not a time"),
         ("= SENT", 1, "expected a comparison"),
         ("state. = SENT", 6, "a name after the point"),

@@ -51,7 +51,7 @@ _NUMBER: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 _ID: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 _LARGEST_ID: Final = 2**63 - 1
 _TIME: Final = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:[0-5]\d)", re.ASCII
 )
 
 
