@@ -35,7 +35,7 @@ class TakenClaim:
 
 @dataclass(eq=False, slots=True)
 class ClaimGroup:
-    """Claims of one life of a shard, different jobs, that go through the steps together."""
+    """Claims of different jobs, made in one life of a shard, that go through the steps together."""
 
     queue: Queue
     taken: dict[JobRef, TakenClaim]
@@ -65,14 +65,15 @@ class ClaimGroups:
         self._lease_s = lease.total_seconds()
         self._metrics = metrics
         self._process = process
-        # By the queue and the life in which they were made.
+        # The claims that have a slot and a permit, by queue and by the life in which they were
+        # made.
         self._ready: dict[tuple[Queue, str], list[TakenClaim]] = {}
 
     def start(self, queue: Queue, claims: Sequence[Claim], claimed_at: float, slots: int) -> None:
         """Begin to process the claims of a shard, and release the slots that are left.
 
         Claims without a permit or a slot wait for both. A claim whose route is not known is marked
-        nevertheless, to learn the route.
+        all the same, because the mark tells the route.
         """
         waiting: list[tuple[Route, Resume]] = []
         for claim in self._slots.in_turn(claims):
@@ -115,7 +116,8 @@ class ClaimGroups:
             left = claims
             while left:
                 taken: dict[JobRef, TakenClaim] = {}
-                # What was claimed twice, as after a loss of Redis, is marked twice: one is refused.
+                # A job may be claimed twice, as after a loss of Redis. Then it is marked twice, and
+                # PostgreSQL refuses one of the marks.
                 left = [each for each in left if taken.setdefault(each.claim.job, each) != each]
                 group = ClaimGroup(queue, taken)
                 self._process(group, self._settler.mark(queue, group.claims))

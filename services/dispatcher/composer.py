@@ -122,7 +122,7 @@ class Composer:
         self._prepared = PreparedBatches(lambda batch_id: self._batches.pop(batch_id, None))
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
-        """Read the batches of these jobs, unless they are known as they are now."""
+        """Read the batches of these jobs, except those that are known in their present revision."""
         if not self._installation_id:
             self._installation_id = await self._read_installation_id()
         revisions: dict[int, tuple[int, int]] = {}
@@ -143,11 +143,11 @@ class Composer:
             if content.revisions > present or known[batch_id] == present:
                 self._batches[batch_id] = _KnownBatch(content.revisions, self._batch_mail(content))
         for batch_id in revisions:
-            # One that is used must not be forgotten, even if it was prepared ahead meanwhile.
+            # A batch in use must not be forgotten, even if it was prepared ahead meanwhile.
             self._prepared.use(batch_id)
 
     async def prepare_ahead(self, batches: Mapping[int, UpcomingBatch]) -> None:
-        """Read batches of which mail may be sent soon, unless they are known.
+        """Read batches whose mail may be sent soon, unless they are known.
 
         `prepare` reads a batch again if it or its sender has changed when a job is marked. It also
         reads those that find no room here.
@@ -156,7 +156,7 @@ class Composer:
             self._installation_id = await self._read_installation_id()
         now = time.monotonic()
         self._prepared.expire(now)
-        # Before the read, so that no user makes it long.
+        # The room is reserved before the read, so that no user can make the read long.
         missing = [
             batch_id
             for batch_id, each in batches.items()
@@ -165,7 +165,7 @@ class Composer:
         ]
         contents = await self._read(missing) if missing else {}
         for batch_id, content in contents.items():
-            # A claim that has come meanwhile reads it itself, maybe in a later revision.
+            # If a claim came meanwhile, `prepare` has read the batch, maybe in a later revision.
             if batch_id in self._prepared and batch_id not in self._batches:
                 known = _KnownBatch(content.revisions, self._batch_mail(content))
                 if self._prepared.add(batch_id, content.user_id, known.size, now):

@@ -56,10 +56,10 @@ if TYPE_CHECKING:
 # Redis cannot announce that it lost its data, so a shard is claimed from at least this often.
 HEARTBEAT = timedelta(seconds=1)
 _RETRY = timedelta(milliseconds=500)
-# The pause before a job is claimed again that somebody else had locked.
+# The pause before a job whose row was locked is claimed again.
 _LOCKED_PAUSE = timedelta(seconds=1)
 _MS = timedelta(milliseconds=1)
-# The pause after a claim that brought all the jobs that may wait ahead.
+# The pause after a claim that took as many jobs ahead as may wait.
 _AHEAD_PAUSE = 2 * _MS
 # An operator's change of a quota applies after this time at the latest.
 _QUOTAS_AGE = timedelta(seconds=5)
@@ -88,7 +88,7 @@ class Dispatcher:
         number: Callable[[], int | None] = lambda: None,
         meter: EndpointMeter | None = None,
     ) -> None:
-        """`confirmed_at` and `number` are those of `Settler`."""
+        """`confirmed_at` and `number` are passed to `Settler`, the latter as `dispatcher`."""
         self._lease = settings.lease
         self._statements = statements
         self._loader = loader
@@ -241,7 +241,7 @@ class Dispatcher:
                     self._slots.release(slots - 1)
                 slots, ahead = min(slots, 1), 0
                 if not slots:
-                    # A claim of nothing would say nothing about the server.
+                    # A claim for no jobs would not show whether the server answers.
                     listener.clear()
                     await listener.wait(_RETRY)
                     continue
@@ -261,7 +261,7 @@ class Dispatcher:
             self._slots.return_ahead(ahead)
             pause = self._pause_after(claimed, slots + ahead)
             if not (slots or pause):
-                # The next jobs are claimed ahead as a group, too, once some of these have a slot.
+                # The next jobs are claimed as a group once some of these have a slot.
                 pause = _AHEAD_PAUSE
             if pause > timedelta(0):
                 await listener.wait(pause)
@@ -273,7 +273,7 @@ class Dispatcher:
             mails = await self._confirm(group, await self._marked(group, marks))
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _log.warning("start_failed", jobs=len(group.taken), error=type(error).__name__)
-            # A lock concerns few jobs, and may be that of an outcome in the same statement.
+            # A lock concerns few jobs. It may also be on an outcome in the same statement.
             self._store_failed = self._store_failed or not is_locked(error)
         finally:
             for taken in group.taken.values():  # permits that no mail uses
@@ -282,9 +282,9 @@ class Dispatcher:
         await self._sending.begin(mails)
 
     async def _claim(self, queue: Queue, want: int) -> Claimed:
-        """Take at most as many jobs as there are slots, and those that may be claimed ahead."""
+        """Claim up to `want` jobs, and note which users the claim limits."""
         limits = self._slots.limits(want)
-        # Before the claim: what ends meanwhile makes room already.
+        # Noted before the claim, because sends that end during the claim already make room.
         self._slots.limited(queue.shard, limits)
         try:
             claimed = await queue.claim(want, limits) if want else Claimed()
@@ -324,9 +324,10 @@ class Dispatcher:
         return [(group.taken[ref], job) for ref, job in by_ref.items()]
 
     def _refused(self, queue: Queue, claims: Sequence[Claim], why: Unmarked) -> None:
-        """Return the claims that PostgreSQL did not mark to the queue, as far as they wait."""
+        """Settle claims that PostgreSQL did not mark. Jobs that still wait return to the queue."""
         if not why.valid:
-            # Another server may be in use: the rebuild finds out, and goes on here if not.
+            # Another Redis server may be in use. The rebuild finds out; if none is, it rebuilds
+            # here.
             self._begin_rebuild(queue)
             self._store_failed = True
         claimed_ms = claims[0].lease_ms - self._lease // _MS
@@ -345,7 +346,7 @@ class Dispatcher:
                 self._settler.settle(UnmarkedClaim(claim, unknown=unknown))
                 continue
             if due_ms <= why.postgres_ms and why.valid:
-                # Locked. Not at once, because the lock may last.
+                # Its row is locked. It is not claimed again at once, because the lock may last.
                 due_ms = claimed_ms + _LOCKED_PAUSE // _MS
             self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
 
@@ -355,7 +356,7 @@ class Dispatcher:
         """Return the jobs whose lease Redis still has and that get a permit.
 
         A lease may be gone because Redis lost its data after the claim. Batches are read before the
-        leases are confirmed, so that the send begins right after.
+        leases are confirmed, so that the send begins right after that.
         """
         try:
             await self._composer.prepare([job for _, job in marked])

@@ -23,7 +23,7 @@ class EndedAttempt:
     use: LimitUse
     # The key of the sender's user, as in `Claim`.
     user: str = ""
-    # What the attempt says about the endpoint, and its name, as in `Settlement`.
+    # What the attempt says about the endpoint, and the endpoint's name, as in `Settlement`.
     contact: Contact = Contact.NONE
     connection_error: str = ""
     before_mail: bool = False
@@ -82,7 +82,7 @@ def dues_of(records: Sequence[AttemptRecord], moved: Mapping[int, int]) -> dict[
 def is_stale(outcome: ClaimOutcome, dues: dict[JobRef, int]) -> bool:
     """Return whether only PostgreSQL knows when the job is due now.
 
-    That is a job which this try did not move. Either its lease had expired, or an earlier try has
+    That is so if this try did not move the job: either its lease had expired, or an earlier try
     moved it and the answer was lost with the connection.
     """
     if isinstance(outcome, EndedAttempt):
@@ -121,7 +121,8 @@ def settlement_of(outcome: ClaimOutcome, recorded: Recorded, now: float) -> Sett
         if isinstance(outcome, UnsentJob):
             due = dues.get(claim.job) if outcome.leased else None
         else:
-            # It returns to its place in the head. If it no longer waits, the next mark finds out.
+            # The job returns to its place in the head. If it no longer waits, the next mark finds
+            # out.
             due = claim.due_ms if outcome.waits else None
         return Settlement(
             claim.sender_id,

@@ -12,9 +12,10 @@ from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.smtp.latencies import BUCKETS, bucket_of
 from outbox_server.shared.states import ReplyClass
 
-# There are two intervals: the present one, and the one before.
+# The length of an interval. Figures cover two: the present one and the one before.
 _INTERVAL_S: Final = 300.0
-# Endpoints that one interval counts, and of one user. Further ones are left out until the next one.
+# The most endpoints that one interval counts, in all and of one user. Others are left out until the
+# next interval.
 _MOST: Final = 1_000
 _MOST_OF_USER: Final = 50
 _CLASSES: Final = max(ReplyClass) + 1

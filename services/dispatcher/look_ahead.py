@@ -1,7 +1,7 @@
 """Prepares mail that is due soon: reads batches and senders before a claim asks for them.
 
-A claimed job is confirmed with the revisions of its batch and its sender, as always. What was
-prepared from older ones is read again then.
+A mark returns the present revisions of the job's batch and sender. What was prepared from older
+ones is then read again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.queue.records import UpcomingJobs
 
-# Mail is prepared this long before it is due, at most.
+# Mail is prepared at most this long before it is due.
 AHEAD: Final = timedelta(seconds=1)
 _PAUSE: Final = timedelta(milliseconds=500)
-# While many senders have mail that is due soon.
+# The pause while many senders have mail that is due soon.
 _SHORT_PAUSE: Final = timedelta(milliseconds=20)
-# Senders of one part, at most: 1 ms of Redis, and 2 ms of PostgreSQL for 100 new batches.
+# The most senders of one part. It takes 1 ms of Redis, and 2 ms of PostgreSQL for 100 new batches.
 PART: Final = 250
 
 

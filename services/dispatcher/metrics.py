@@ -38,7 +38,7 @@ class WaitCause(StrEnum):
     COOLDOWN = "COOLDOWN"
     RETRY = "RETRY"
     DEFERRED = "DEFERRED"
-    # It waited in a dispatcher, because its endpoint or its user had its share of the slots.
+    # It waited in a dispatcher, because its endpoint or its user had its full share of the slots.
     DISPATCHER = "DISPATCHER"
 
 

@@ -38,8 +38,9 @@ class OutcomeRules:
     ) -> EndedAttempt:
         """Return the outcome of an attempt at `job`.
 
-        `late` is how long after the limits allowed it the send began. `server` is the host and the
-        port, as shown in logs, and `endpoint` is what callers are shown (see `AttemptRecord`).
+        `late` is the time from when the limits allowed the send until it began. `server` is the
+        host and the port, as shown in logs, and `endpoint` is what callers are shown (see
+        `AttemptRecord`).
         """
         decision = decide(
             JobAttempt(

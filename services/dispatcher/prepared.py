@@ -1,4 +1,4 @@
-"""Counts the batches that were read ahead and are not used yet, so that they stay few. Pure."""
+"""Limits the memory of batches that were read ahead and are not used yet. Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-# Their size together, in characters: a quarter of what the composer keeps.
+# The size of all of them together, in characters: a quarter of what the composer keeps.
 MOST_PREPARED: Final = 16 * 1024 * 1024
-# A batch that nobody uses for these seconds is forgotten: another dispatcher sent the mail, or
-# a pause holds it.
+# A batch that is not used for this many seconds is forgotten: another dispatcher sent its mail, or
+# a pause delays it.
 _KEPT_S: Final = 10.0
 
 
@@ -23,12 +23,12 @@ class _Prepared:
 class PreparedBatches:
     """Shares the room for prepared batches among users.
 
-    While there is room, any user may have all of it. Then those who have the most give way to
-    others. Times are seconds of any clock.
+    While there is room, any user may take it. When it is full, the users who have the most of it
+    give way to others. Times are seconds of any clock.
     """
 
     def __init__(self, forget: Callable[[int], object], most: int = MOST_PREPARED) -> None:
-        """`forget` is called for a batch that gives way, or that nobody has used for long."""
+        """`forget` is called for a batch that gives way, or that was not used for long."""
         self._forget = forget
         self._most = most
         self._size = 0
@@ -42,13 +42,13 @@ class PreparedBatches:
         return batch_id in self._batches
 
     def add(self, batch_id: int, user: str, size: int, now: float) -> bool:
-        """Count a batch, or change its size. False: there is no room, and it does not count."""
+        """Count a batch, or change its size. Return False if there is no room for it."""
         self.use(batch_id)
         while self._size + size > self._most:
             largest = max(self._sizes, key=self._sizes.__getitem__, default="")
             if self._sizes.get(user, 0) + size >= self._sizes.get(largest, 0):
                 return False
-            # Its last one, which is due last.
+            # The last batch of that user, which is due last.
             last = next(reversed(self._of_users[largest]))
             self.use(last)
             self._forget(last)
@@ -59,7 +59,7 @@ class PreparedBatches:
         return True
 
     def use(self, batch_id: int) -> None:
-        """Count a batch no more: its mail is being sent, or it is forgotten."""
+        """Stop counting a batch: its mail is being sent, or it is forgotten."""
         found = self._batches.pop(batch_id, None)
         if found is None:
             return

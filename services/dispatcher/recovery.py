@@ -22,7 +22,8 @@ from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import JobState
 
-# Expired leases are searched for a moment after the end of a lease, so that one search finds it.
+# A search for expired leases begins this long after the end of a lease, so that it finds that
+# lease.
 _SLACK = timedelta(milliseconds=20)
 # After an outage of PostgreSQL, dispatchers get this time to record the sends that ended meanwhile.
 # Only then are expired leases ended. An outage is detected by an error of any step (at least one
@@ -35,7 +36,7 @@ GRACE = timedelta(seconds=10)
 _HANGS = timedelta(seconds=2)
 # How often one of the dispatchers does a part of the patrol (shared/heads/patrol.py).
 PATROL_PAUSE = timedelta(seconds=1)
-# How often a dispatcher whose Redis is not the one in use looks whether it is now.
+# How often a dispatcher whose Redis server is not in use checks whether it is now.
 _SOON = timedelta(seconds=1)
 _ERRORS = (*QUEUE_ERRORS, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
@@ -96,7 +97,8 @@ class Recovery:
             hung = time.monotonic() - asked > _HANGS.total_seconds()
             self._outage_handled = self._outage_handled and (self._gave_grace or not hung)
             if senders:
-                # In case Redis cannot be reached or this process dies before the load below.
+                # The marker is for the case that Redis cannot be reached, or this process dies,
+                # before the load below.
                 await mark_stale(connection, senders)
             if senders and not self._outage_handled:
                 # The statements have shown that PostgreSQL can write again. Now wait for `GRACE`.

@@ -107,7 +107,7 @@ class Renewer:
         return None if first is None else timedelta(seconds=time.monotonic() - first.claimed)
 
     def end(self, leased: LeasedJob) -> None:
-        """Renew the lease no more. `leased` keeps what was known last."""
+        """Stop renewing the lease. `leased` keeps what was known last."""
         self._leased.pop(leased, None)
 
     def follow(self, successor: HeadLoader) -> None:
@@ -220,7 +220,7 @@ class Renewer:
             if end_ms is None
         ]
         if missing:
-            # The sender may have been moved to another shard: the next round asks that one.
+            # The sender may have been moved to another shard. The next round then asks that shard.
             await self._loader.find_queues(missing)
         for leased, end_ms in zip(jobs, found, strict=True):
             if end_ms is not None:

@@ -31,7 +31,7 @@ _END_LIMIT_S: Final = 2.0
 
 
 class Reporter:
-    """Writes the reports. `describe` returns the present one."""
+    """Writes the reports. `describe` returns the present report."""
 
     def __init__(
         self,

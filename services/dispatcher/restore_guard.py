@@ -2,7 +2,7 @@
 
 Nothing is claimed before the first heartbeat. From then on, each mark compares the newest number
 that this process has seen (`services.dispatcher.storage.marking`), so that nothing is sent from
-data that are older, until the next heartbeat has decided about them.
+older data until the next heartbeat has decided about them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from outbox_server.shared.states import HoldReason
 
-# Two heartbeats are at least so far apart.
+# The least time between two heartbeats.
 BEAT: Final = timedelta(seconds=2)
 
 
@@ -62,7 +62,7 @@ def find_restore(
 
 
 def _find_move(stored: _Stored, server: _Server) -> str | None:
-    """Return how the data came from another cluster, or from a dump."""
+    """Return what shows that the data came from a dump or another cluster; None if nothing does."""
     if not stored.original:
         return (
             f"the last heartbeat, of {_at(stored.at)}, was copied: the database was restored from "
@@ -79,14 +79,14 @@ def _find_move(stored: _Stored, server: _Server) -> str | None:
 def _find_loss(
     stored: _Stored, server: _Server, known: _Numbered | None, hold_after: timedelta
 ) -> str | None:
-    """Return what is lost, if it is more than an ordinary failover may lose."""
+    """Return what shows that more was lost than a failover may lose; None if nothing does."""
     if known is not None and known.number > stored.number:
         if known.at - stored.at <= hold_after:
             return None
         return (
             f"PostgreSQL is as it was at {_at(stored.at)}, but mail was sent until {_at(known.at)}"
         )
-    # Somebody remembers that this is all that there was, or there was no time for more.
+    # Either Redis or this process knows of no much later heartbeat, or there was no time for one.
     confirmed = known is not None and stored.at - known.at <= hold_after
     if confirmed or server.now - stored.at <= hold_after:
         return None

@@ -117,7 +117,7 @@ class SendStep:
         """
         here: list[ReadyMail] = []
         for mail in mails:
-            # The time that a mail needs to be built says nothing about its endpoint.
+            # The time that it takes to build a mail says nothing about its endpoint.
             mail.permit.since = math.inf
             if self._composer.builds_here(mail.job):
                 here.append(mail)
@@ -128,8 +128,8 @@ class SendStep:
 
     async def _begin_elsewhere(self, mail: ReadyMail) -> None:
         send = _Send(mail, self._span_of(mail))
-        # While it is built, this task works for one job alone. Not while it is sent: a connection
-        # keeps what is bound when it is opened, and later carries mails of others.
+        # Log lines get the ids of the mail only while it is built: then this task works for one job
+        # alone. A connection keeps what is bound when it is opened, and later carries other mails.
         await self._begin(send, bound_contextvars(**send.ids))
 
     def _span_of(self, mail: ReadyMail) -> SendSpan | None:
@@ -140,9 +140,10 @@ class SendStep:
     async def _begin(
         self, send: _Send, building: AbstractContextManager[None] = _NOTHING_BOUND
     ) -> None:
-        """Build a mail and give it to the pool. No error of one mail ends that of the others."""
+        """Build a mail and give it to the pool. An error of one mail does not affect the others."""
         mail = send.mail
-        # Half of the lease is left for the send, as after a wait for a permit.
+        # The build may take half of the lease, as may a wait for a permit. The rest is for the
+        # send.
         wait = mail.claimed_at + self._lease.total_seconds() / 2 - send.started
         try:
             with building:

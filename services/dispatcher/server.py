@@ -63,7 +63,7 @@ from outbox_server.shared.templates.workers import WorkerPool
 from outbox_server.shared.tls import TlsContexts
 from outbox_server.shared.traces.endpoint import open_tracer
 
-# A statement for many jobs does not wait longer for a lock on one of them.
+# The longest wait of a statement for a lock: it works for many jobs, and one row may be locked.
 _LOCK_TIMEOUT: Final = timedelta(seconds=1)
 
 
@@ -85,7 +85,7 @@ async def _serve(run: AgreedRun) -> None:
             lookups_only=True,
             single_statements=True,
             lock_timeout=_LOCK_TIMEOUT,
-            # For marks, for settlements and for batches, which keep one each.
+            # One for marks, one for settlements, and one for the reads of batches.
             kept=3,
         )
         stack.push_async_callback(statements.dispose)
@@ -132,7 +132,7 @@ async def _serve(run: AgreedRun) -> None:
             "outbox_server.shared.mail.worker",
             settings,
             monitoring.registry,
-            # A mail waits for half of its lease at most, and takes three budgets at most.
+            # A mail waits for at most half of its lease, and takes at most three budgets.
             budget=min(settings.template_budget, settings.lease / 8),
         )
         stack.push_async_callback(workers.close)
@@ -311,7 +311,7 @@ def _follow(
 def _later_loader(
     engine: AsyncEngine, redis: FollowingClient, settings: Settings, agreed: AgreedSettings
 ) -> HeadLoader:
-    # Those who claim from it report its circuits.
+    # The processes that claim from this key space report its circuits.
     queues = open_queues(redis, settings, lambda _: None, agreed.key_space)
     return HeadLoader(engine, queues, settings)
 

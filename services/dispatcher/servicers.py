@@ -165,14 +165,14 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         return await self._circuits_of(self._pool.states())
 
     async def _circuits_of(self, states: Collection[EndpointState]) -> dict[str, Circuit]:
-        """Return the open circuits by endpoint. If several shards have one, the oldest counts."""
+        """Return the open circuits by endpoint; if several shards have one, the oldest of them."""
         endpoints = {state.circuit for state in states}
         endpoints.update(self._dispatcher.relay_keys())
         found: dict[str, Circuit] = {}
         if not endpoints:
             return found
         for queue in self._queues:
-            # Without a shard, the rest of the status is still valid.
+            # If a shard does not answer, the rest of the status is still valid.
             with suppress(*QUEUE_ERRORS):
                 for endpoint, circuit in (
                     await queue.circuits_of_endpoints(sorted(endpoints))

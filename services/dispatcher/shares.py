@@ -25,14 +25,14 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Final
 
-# A send that takes longer makes its endpoint slow, until a later send is quicker.
+# A send that takes longer marks its endpoint as slow, until a later send is quicker.
 _SLOW_AFTER_S: Final = 1.0
 _RESERVED_PART: Final = 5
 # A permit is reserved for the other endpoints of a user until they were unused for this long.
 _REMEMBERED_S: Final = 60.0
 _MAX_ENDPOINTS: Final = 10_000
 _MAX_USERS: Final = 10_000
-# Their circuits are read at once, for people and for metrics.
+# The most relay keys that `relay_keys` returns: their circuits are read at once.
 _MOST_RELAY_KEYS: Final = 500
 
 
@@ -270,7 +270,7 @@ class Shares:
         return sum(len(each.permits) for each in unproven if each.user == user)
 
     def _is_slow(self, endpoint: Endpoint, now: float) -> bool:
-        """Return whether the last send was slow, or one that is under way. Unknown is slow."""
+        """Return whether the last send, or one in progress, is slow. Unknown means slow."""
         oldest = next(iter(endpoint.permits), None)
         stuck = oldest is not None and now - oldest.since > _SLOW_AFTER_S
         return endpoint.was_slow is not False or stuck

@@ -35,22 +35,24 @@ from outbox_server.shared.queue.user_limits import UserLimit
 # The routes of at most this many senders are remembered. The job of any other sender is marked
 # before its route is known.
 _MAX_SENDERS: Final = 100_000
-# More claims do not wait for a permit, because each free slot is offered to all of them.
+# The most claims that wait for a permit. They are few because each free slot is offered to all of
+# them.
 MAX_WAITING: Final = 1_000
 # The same for one user.
 MAX_WAITING_OF_USER: Final = 250
 # Jobs are claimed ahead for as many sends as ended within this time, so they wait about as long.
 _AHEAD_S: Final = 0.05
-# The most of them for each slot. While one group of them gets its slots, the next is claimed.
+# The most jobs claimed ahead per slot. While one group gets its slots, the next one is claimed.
 _AHEAD_PER_SLOT: Final = 2
-# They are claimed when there is room for this part of them, because each claim has its fixed cost.
+# Jobs are claimed ahead when this share of that number is free, because each claim has a fixed
+# cost.
 _LEAST_PART_AHEAD: Final = 0.25
-# A user who had this part of an equal share of the last permits comes after others. So many permits
-# are considered for each slot, and at most in all.
+# A user who had this part of an equal share of the last permits comes after the others. The last
+# permits are this many per slot, and at most so many in all.
 _ENOUGH_LATELY: Final = 0.75
 _LATELY_PER_SLOT: Final = 20
 _MOST_LATELY: Final = 200
-# If sends take longer than before, those jobs return to the queue after this time.
+# Jobs claimed ahead return to the queue after this time, if sends take longer than before.
 _LONGEST_AHEAD_S: Final = 0.2
 
 
@@ -97,9 +99,9 @@ class Slots:
         self._ended: deque[tuple[float, int]] = deque()
         self._clock = clock
         self._in_flight = 0
-        # Those of them that count twice, because one statement ends one send and marks the next.
+        # Slots that count twice, because one statement ends one send and marks the next.
         self._handed_over = 0
-        # Those of claims that were not marked, and whose return to the queue is not settled yet.
+        # Slots of claims that were not marked and whose return to the queue is not settled yet.
         self._returning = 0
         self._closed = False
         self._free = asyncio.Event()
@@ -137,7 +139,7 @@ class Slots:
     def excess(self) -> int:
         """How many slots more than the total are in use while some are being handed over.
 
-        As many sends must be recorded by the next statement before it may mark all of its claims.
+        The next statement must record as many ends before it may mark all of its claims.
         """
         return max(0, self._in_flight - self._returning - self._total)
 
@@ -174,7 +176,7 @@ class Slots:
         return room
 
     def return_ahead(self, number: int) -> None:
-        """End what `take_ahead` began."""
+        """Return the room that `take_ahead` took."""
         self._ahead_taken -= number
         self.settled(0)
 
@@ -185,7 +187,7 @@ class Slots:
         if not self._ended:
             return 0
         most = min(_AHEAD_PER_SLOT * self._total, sum(number for _, number in self._ended))
-        # Where too many wait already, none would wait for a slot.
+        # If too many claims wait already, further ones would go back to the queue unused.
         may_wait = MAX_WAITING - self._waiting
         room = max(0, min(most - self._ahead, may_wait) - self._ahead_taken)
         return room if room >= most * _LEAST_PART_AHEAD else 0
@@ -225,8 +227,8 @@ class Slots:
     def settled(self, number: int, returned: int = 0) -> None:
         """Give back the slots of claims that are settled, and let claims use the room they leave.
 
-        `returned` of them were not marked. This is not called at each reply of a server: then the
-        groups of claims would be small.
+        `returned` of them were not marked. Call it once per group and not once per reply, so that
+        claims are made in large groups.
         """
         self._returning -= returned
         self.release(number)
@@ -260,7 +262,7 @@ class Slots:
     def limits(self, want: int) -> list[UserLimit]:
         """Return the users of whom a claim of `want` jobs may not take that many.
 
-        Of what `take_ahead` returned, a user may have its share too.
+        A user may also have its share of the jobs that `take_ahead` returned.
         """
         found = []
         fair, share = self._shares.fair, self._shares.share
@@ -275,11 +277,12 @@ class Slots:
         return found
 
     def _served_lately(self) -> set[str]:
-        """Return the users who had their part of the last permits: others come before them.
+        """Return the users who had their part of the last permits. Other users come before them.
 
         Their mail may have waited longer than that of others, until their whole backlog is sent.
-        While one user alone has permits, the reserve is for the others. In each second claim, one
-        permit is a part: of many users, there is always one who had a little less than the others.
+        While one user alone has permits, the reserve is for the others. In every second claim, a
+        single permit counts as a part: of many users, there is always one who had a little less
+        than the others.
         """
         if len(self._lately) == 1 and self._total > 1:
             return set()
@@ -294,7 +297,7 @@ class Slots:
         self._limited[shard] = {limit.user for limit in limits}
 
     def set_unproven(self, overrides: Mapping[str, int]) -> None:
-        """Take the quotas of the users with an override. Claims that may now go on do so."""
+        """Take the quotas of the users with an override. Resume the claims that may now go on."""
         self._shares.unproven_of = overrides
         self.settled(0)
 
@@ -369,11 +372,11 @@ class Slots:
         """Let claims wait for a permit and a slot, at most for `seconds`.
 
         They give back their slots: one each, or `slots` in all. Each claim has a slot again when
-        its `Resume` is called, with a permit or without one. Returns how many were not claimed
-        ahead, but wait for a permit at a slow endpoint.
+        its `Resume` is called, with a permit or without one. Returns how many of them wait for a
+        permit at a slow endpoint. The others count as claimed ahead.
 
-        If too many claims wait already, these only wait for the time to pass. Returned to the queue
-        at once, they would be claimed again at once.
+        If too many claims wait already, these get no permit and wait until the time is over. If
+        they returned to the queue at once, they would be claimed again at once.
         """
         slots = len(claims) if slots is None else slots
         if self._closed:

@@ -82,7 +82,7 @@ class SendAttempt:
         self._ended = ended
         self._started = 0.0
         self._body_begun = False
-        # What the attempt waits for: a place, a task, or the transaction.
+        # What the attempt waits for now: a place, a task, or the transaction.
         self._waiter: Waiter | None = None
         self._task: asyncio.Task[None] | None = None
         self._transaction: Transaction | None = None
@@ -94,7 +94,8 @@ class SendAttempt:
         self._earlier_mails = 0
         # Mails that the kept connection carried before its server refused another one.
         self._carried: int | None = None
-        # The refusal on the kept connection, after which the mail is tried on a new connection.
+        # The refusal on the kept connection, because of which the mail is tried on a new
+        # connection.
         self._refusal: SendResult | None = None
 
     def start(self) -> None:

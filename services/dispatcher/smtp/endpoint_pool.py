@@ -19,7 +19,7 @@ from outbox_server.services.dispatcher.smtp.session import KeptSession
 _IDLING_S: Final = 10.0
 _LEARNED_FOR_S: Final = 3600.0
 _CAP_RISES_AFTER_S: Final = 600.0
-# The same if the server did not say that there are too many connections, but behaved like it.
+# The same if the server did not say that there are too many connections, but behaved as if.
 _GUESSED_CAP_RISES_AFTER_S: Final = 60.0
 # The server counts as working for this many seconds after it accepted a mail.
 _WORKS_FOR_S: Final = 60.0
@@ -267,7 +267,7 @@ class EndpointPool:
         self._pipelining_failed_at = self._clock()
 
     def too_many(self, session: KeptSession) -> None:
-        """Note that this connection is one too many, and lower the cap to the number of others.
+        """Note that this connection is one too many. The cap drops to the number of the others.
 
         If there is no other, new connections wait: 1 s, doubled by each further refusal up to 60 s.
         """

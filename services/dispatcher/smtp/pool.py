@@ -133,7 +133,7 @@ class SmtpPool:
         return attempt
 
     def cancel(self, attempt: SendAttempt) -> None:
-        """Stop a send now, without calling its `done`. What was sent of it is not known."""
+        """Stop a send now, without calling its `done`. How much of it was sent is not known."""
         if attempt in self._attempts:
             self._attempts.discard(attempt)
             attempt.cancel()

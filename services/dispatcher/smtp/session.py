@@ -16,7 +16,7 @@ _RESET_LIMIT_S: Final = 5.0
 
 
 class KeptSession(SmtpSession):
-    """An SMTP session that can carry several mails, and knows how it must be ended.
+    """An SMTP session that can carry several mails and knows how to end.
 
     `opened_at` and `idle_since` are seconds of the pool's clock.
     """

@@ -107,7 +107,7 @@ class Transaction:
                 self._stream.raise_if_over()
                 return None
         except TimeoutError:
-            # As if the connection were lost: this says nothing about the mail.
+            # It counts as a lost connection, because it says nothing about the mail.
             raise ConnectionLost("no reply to RSET in time") from None
         self._session.take_reset(self._stream.take())
         return self._announce()

@@ -48,7 +48,7 @@ class AccountRefusal:
     message: str
     smtp_code: int | None = None
     enhanced_code: str | None = None
-    # A daily quota is used up: nothing is accepted before the oldest send has left the day.
+    # A daily quota is used up: the server accepts nothing until the oldest send is a day old.
     daily: bool = False
 
 

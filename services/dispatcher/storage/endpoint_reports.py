@@ -49,7 +49,7 @@ async def write_endpoints(
                     "circuit_open_at": one.circuit_open_at,
                     "next_probe_at": one.next_probe_at,
                 }
-                # Sorted, so that no two transactions wait for one another.
+                # Sorted, so that two transactions cannot deadlock.
                 for one in sorted(changed, key=lambda one: one.name)
             ],
         )

@@ -79,8 +79,9 @@ class Unmarked:
 
     `valid`: the life in which they were made is the valid one. `postgres_ms` is PostgreSQL's time.
     `due` has the claims that wait to be sent, with their due times (Unix ms); the end of a pause
-    counts as one. `unknown` has those that Redis should not have: PostgreSQL has no such job, it
-    belongs to another sender, or it waits with another attempt. All others must not be sent now.
+    counts as a due time. `unknown` has those that Redis should not have: PostgreSQL has no such
+    job, it belongs to another sender, or it waits with another attempt. All others must not be sent
+    now.
     """
 
     valid: bool
@@ -152,17 +153,17 @@ def marking(first: CTE | None = None) -> CTE:
     Jobs of cancelled and of paused batches are left out. A later cancellation or pause waits for
     FOR SHARE of this statement (see shared/database/cancellations.py and pauses.py).
 
-    Of the claims, at most `room` and one for each job of `first` are marked, in any order.
+    It marks at most `room` claims, and one more for each job of `first`, in any order.
 
-    It waits for nobody: jobs and batches that somebody else has locked are left out, because the
-    other jobs of the group would wait for them. `explain_unmarked` finds them. There are two
-    exceptions. While a dispatcher begins the next life, or the stored settings change, the
+    It does not wait for locks: jobs and batches that another transaction has locked are left out,
+    because the other jobs of the group would wait for them. `explain_unmarked` finds them. There
+    are two exceptions. While a dispatcher begins the next life, or the stored settings change, the
     statement waits, and then marks nothing. Until it is committed, no next life becomes valid and
     no change of the settings is made.
 
-    PostgreSQL decides whose the job is, and by its clock whether it is due. It marks nothing that
-    is held (`shared.holds`), and nothing at all in data that are older than what this process has
-    seen.
+    PostgreSQL decides which sender owns the job and, by its clock, whether it is due. It marks no
+    job that is held (`shared.holds`), and no job at all if its data are older than what this
+    process has seen.
     """
     number: ColumnElement[int] = literal(0)
     begins: ColumnElement[bool] = true()
@@ -224,7 +225,7 @@ def marking(first: CTE | None = None) -> CTE:
         update(EmailJob)
         .values(
             state=decided.c.state,
-            # A job that is not sent has no attempt.
+            # A job that is not sent does not use an attempt.
             attempt=case((sends, decided.c.attempt), else_=EmailJob.attempt),
             lease_until=case((sends, leased), else_=null()),
             finished_at=case((sends, null()), else_=func.statement_timestamp()),
@@ -371,7 +372,7 @@ def _explain_statement() -> Any:
     is_job = EmailJob.sender_id == _claim.c.sender
     is_attempt = EmailJob.attempt == _claim.c.attempt - 1
     waiting = case((and_(waits, is_job, is_attempt), unix_ms_of(until)))
-    # What is locked is read without a lock, so a change that is not committed yet is not seen.
+    # Rows are read without a lock, so a change that is not committed yet is not seen.
     return (
         select(
             _claim.c.id,
@@ -399,7 +400,7 @@ async def explain_unmarked(
     """Return why `mark_sending` left out these claims, at least one.
 
     Those that wait can be claimed again: they are locked, not due yet, their life is not valid, or
-    the data are older than what the process has seen. One whose cancellation was under way is
+    the data are older than what the process has seen. A job whose cancellation was in progress is
     refused then.
     """
     rows = (await connection.execute(_EXPLAIN, _claims(claims, shard))).all()

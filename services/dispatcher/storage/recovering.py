@@ -29,8 +29,8 @@ from outbox_server.shared.database.models import Attempt, EmailJob
 from outbox_server.shared.states import AttemptOutcome, JobState
 
 _RECOVERED_AT_ONCE = 1_000
-# A job whose lease expires so often without any SMTP reply is given up. Otherwise a mail that ends
-# or blocks its dispatcher would do so for ever.
+# A job is given up after its lease has expired this many times without any SMTP reply. Otherwise a
+# mail that ends or blocks its dispatcher would do so for ever.
 MOST_EXPIRED_LEASES: Final = 3
 _LOST: Final = "the dispatcher recorded no outcome before its lease expired"
 # The beginning of the message of an attempt after which a job was given up.
@@ -40,8 +40,8 @@ _REPEATEDLY: Final = "LEASE_EXPIRED_REPEATEDLY"
 def _is_last(expired: CTE) -> ColumnElement[bool]:
     """Return whether this is the last lease of an expired job that may expire.
 
-    Leases count that expired since the last SMTP reply, or since a caller retried the job after it
-    was given up.
+    The leases that count expired since the last SMTP reply, or since a caller retried the job after
+    it was given up.
     """
     last_reply = (
         select(func.coalesce(func.max(Attempt.attempt), 0))

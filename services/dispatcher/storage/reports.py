@@ -28,7 +28,7 @@ class DispatcherReport:
     concurrency: int
     draining: bool = False
     in_flight: int = 0
-    # None: nothing is in flight.
+    # None means that nothing is in flight.
     oldest_lease: timedelta | None = None
     sent_per_second: float = 0.0
     attempts_per_second: float = 0.0
@@ -66,7 +66,7 @@ async def write_report(
         )
         if changed.rowcount:
             return number
-    # The first one, or PostgreSQL was restored to a time before it.
+    # It is the first report, or PostgreSQL was restored to a time before it.
     await connection.execute(
         delete(DispatcherRow).where(DispatcherRow.seen_at < func.now() - _KEPT_FOR)
     )

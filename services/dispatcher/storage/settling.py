@@ -59,7 +59,7 @@ class AttemptRecord:
     started: float
     ended: float
     retry_after: timedelta | None = None
-    # How long after the limits allowed it the attempt started.
+    # The time from when the limits allowed the attempt until it started.
     late: timedelta | None = None
     smtp_code: int | None = None
     enhanced_code: str | None = None
@@ -67,7 +67,7 @@ class AttemptRecord:
     reply_class: ReplyClass | None = None
     # The server deferred the mail.
     deferred: bool = False
-    # host:port, or `relay`. None: the mail was not built.
+    # host:port, or `relay`. None means that the mail was not built.
     endpoint: str | None = None
 
 

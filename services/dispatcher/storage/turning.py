@@ -32,7 +32,8 @@ _DUE: Final = 7
 
 
 def _turn_statement() -> Any:
-    # It must not wait: the marks see what was committed when it began, and are of all users.
+    # The settlement must not wait for locks: the marks in the same statement belong to all users,
+    # and see only what was committed when the statement began.
     ended, logged = ending(waits=False)
     marked = marking(first=ended)
     jobs = marked_columns(marked)

@@ -13,12 +13,12 @@ from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.database.models import Batch, EmailJob
 from outbox_server.shared.states import BatchState
 
-# Longer templates (bytes) are not prepared: they would take the room of many others.
+# Templates with more bytes are not prepared, because they would take the room of many others.
 _MOST_BYTES: Final = 64 * 1024
 
 
 class UpcomingBatch(NamedTuple):
-    """A batch of which mail may be sent soon, with the size of its texts in bytes."""
+    """A batch whose mail may be sent soon, with the size of its texts in bytes."""
 
     user_id: str
     size: int
