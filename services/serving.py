@@ -31,9 +31,9 @@ async def serve_calls(
     """Serve calls until `run.stop` is set; then drain, and return.
 
     Health reports SERVING while PostgreSQL (by `engine`) and Redis serve. Without `check_redis`,
-    the service does not use Redis. Unless it `needs_redis`, it serves without Redis, too.
-    The `loops` begin when the schema and the stored settings are known, those in `always` at once.
-    All of them must end by themselves once `run.stop` is set.
+    the service does not use Redis. Without `needs_redis`, it also serves while Redis does not. The
+    `loops` begin when the schema and the stored settings are known, those in `always` at once. All
+    of them must end by themselves once `run.stop` is set.
 
     Raises:
         ExceptionGroup: a loop failed, or the schema is too new for this release.

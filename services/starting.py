@@ -10,8 +10,8 @@ from typing import Any
 def run(service: str) -> int:
     """Import the service called `service`, run it to its end, and return its exit code.
 
-    Imported modules are never garbage. Garbage collections while they are imported take a seventh
-    of the start, so they begin when the service does (`shared.process.run_service`).
+    Garbage collection is off during the imports, because it would take a seventh of the start and
+    find nothing. `shared.process.run_service` turns it on.
     """
     gc.disable()
     server: Any = importlib.import_module(f"outbox_server.services.{service}.server")

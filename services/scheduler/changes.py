@@ -56,7 +56,8 @@ class Made(Generic[M]):
     recipient that the change is about. `changed` is False if the call changed nothing, or if
     `Changes.record_part` has recorded the change: then no further event is written. Repeated calls
     get `stored` in place of `answer`; it lacks texts that can be read again. `afterwards` is called
-    after the commit; if the process dies before that, a marker remains.
+    after the commit; if the process dies before that, a marker remains, so that a dispatcher loads
+    the head.
     """
 
     answer: M
@@ -223,7 +224,7 @@ class Changes:
     def _digest(self, request: Message, *, validate_only: bool = False) -> bytes:
         name = request.DESCRIPTOR.full_name.encode()
         if validate_only:
-            # That of the call that would make the change.
+            # The digest is that of the call that would make the change.
             copy = type(request)()
             copy.CopyFrom(request)
             copy.ClearField("validate_only")

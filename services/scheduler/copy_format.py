@@ -22,8 +22,8 @@ class Schedule:
     A row is due at its own `schedule_time`, or else at the start plus its place times the spacing.
     It expires `expire_after_ms` later; None means never. `last_due` is the latest due time so far.
 
-    If the batch is `spread`, rows without an own time get their place instead, because their times
-    are known only after the last row.
+    If the batch is `spread`, rows without a time of their own get their place instead, because
+    their times are known only after the last row.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class LimitSource(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class OwnLimits:
-    """The limits of the sender itself. `cools`: it cools down."""
+    """The limits of the sender itself. `cools` means that it cools down."""
 
     hourly_limit: int
     min_gap_ms: int | None
@@ -43,7 +43,7 @@ class UserOverrides:
 
 @dataclass(frozen=True, slots=True)
 class EffectiveLimits:
-    """The limits in effect, each with its source. `complete`: the pace is known."""
+    """The limits in effect, each with its source. `complete` means that the pace is known."""
 
     hourly_limit: tuple[int, LimitSource]
     min_gap: tuple[timedelta, LimitSource]
@@ -61,7 +61,7 @@ def effective_limits(
 ) -> EffectiveLimits:
     """Return the limits of a sender that are in effect.
 
-    `everyone` has the limits of each user without limits of its own. `pace` is the gap that a mail
+    `everyone` has the limits of users without limits of their own. `pace` is the gap that a mail
     server's complaints have caused; None means that it is not known.
     """
     of_user = everyone.overridden(user.hourly_limit, user.min_gap_ms)

@@ -96,12 +96,12 @@ async def _with_address(read: Sequence[ReadRejection], address: str) -> list[Rea
 
 def contains_address(text: str, address: str) -> bool:
     """Return whether a text contains the address, in any case, or the part before a cut (`...`)."""
-    # Folded, because an erasure had better find too much.
+    # Compared by case folding, because it is better to erase too much than too little.
     key, folded = folded_key(address), folded_key(text)
     if key in folded:
         return True
     local = key.rpartition("@")[0]
-    # Most texts end here: comparing all lengths takes up to 0.1 ms.
+    # Most texts need no more than this check. Comparing all lengths takes up to 0.1 ms.
     return (
         local in folded
         and "..." in folded

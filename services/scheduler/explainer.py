@@ -107,7 +107,7 @@ class Explainer:
                 explanation.reason, explanation.until, explanation.text + _NO_REDIS
             )
         if send_time is not None and live.circuit and send_time < live.circuit.next_probe:
-            # Nothing is sent before the probe, and nobody knows whether it will succeed.
+            # Nothing is sent before the probe, and its result is not known.
             send_time = None
         return ExplainedJob(job, explanation, ahead, send_time)
 

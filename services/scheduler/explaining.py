@@ -42,7 +42,7 @@ class WaitReason(IntEnum):
     BATCH_PAUSED = 16
 
 
-# A dispatcher marks a claimed job at once. One that it has for longer waits for a permit.
+# A dispatcher marks a claimed job at once. A job that it has had for longer waits for a permit.
 _CLAIM_WAITS_AFTER: Final = timedelta(seconds=1)
 
 # Why an attempt with a reply of `shared.states.NOT_COUNTED` does not count as a failure: a clause.
@@ -118,7 +118,7 @@ class Situation:
     gap_left: timedelta
     window_left: timedelta
     hourly_limit: int
-    # How long ago a dispatcher claimed the job. None means that none has it.
+    # How long ago a dispatcher claimed the job. None means that no dispatcher has it.
     claimed_for: timedelta | None = None
     # The sender waits because its user may have no more of a dispatcher's slots.
     parked: bool = False
@@ -134,7 +134,8 @@ class Situation:
     deferred_until: datetime | None = None
     # The installation is held, and the job was not released.
     held: bool = False
-    # When the sender's pause ends by itself. None: only a call ends it, or it is not paused.
+    # When the sender's pause ends by itself. None means that only a call ends it, or that it is not
+    # paused.
     sender_resumes: datetime | None = None
     batch: BatchPause | None = None
 
@@ -190,7 +191,8 @@ def explain(it: Situation) -> Explanation:
         return _HELD
     pauses = list(_pauses(it))
     if pauses:
-        # Nothing is sent before the last of them ends. Of two without an end, the sender's.
+        # Nothing is sent before the last of them ends, so that one is reported. If neither has an
+        # end, the sender's pause is reported.
         return max(pauses, key=lambda pause: (pause.until is None, pause.until or it.now))
     if it.due > it.now:
         if it.attempts:
@@ -246,8 +248,8 @@ def _describe_last_attempt(it: Situation) -> str:
         elif not it.failures:
             why = "no session with the mail server could be opened"
         else:
-            # It counts only if MAIL was sent, which is not stored. So the sentence says how many
-            # attempts count.
+            # Such an attempt counts only if MAIL was sent, which is not stored. So the sentence
+            # says how many attempts count.
             return (
                 f"The connection of attempt {it.attempts} failed ({last.reply}); attempts that "
                 f"count as failures so far: {it.failures}"
@@ -263,7 +265,7 @@ def _explain_due(it: Situation) -> Explanation:
         # Nothing is sent before the last of them ends, so that one is reported.
         return max(holds, key=lambda hold: hold[0])[1]
     if it.claimed_for is not None and it.claimed_for >= _CLAIM_WAITS_AFTER:
-        # The limits allowed it, and it takes part in them already.
+        # The limits allowed the job, and its lease already counts against them.
         return _SHARE
     if it.cooldown is not None and (it.ahead or it.in_flight):
         text = f"{it.cooldown.refusal}; another mail goes first as a probe, and its reply decides."

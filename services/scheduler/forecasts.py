@@ -72,7 +72,7 @@ class QuickForecaster:
     """Forecasts small batches, for many calls together, if that is quick."""
 
     def __init__(self, engine: AsyncEngine, rules: Rules) -> None:
-        """`engine` is one of single statements."""
+        """`engine` runs each statement as its own transaction (`single_statements`)."""
         self._kept = KeptConnections(engine)
         self._rules = rules
         self._backlogs = Coalesced(self._read)

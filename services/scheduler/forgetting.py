@@ -1,7 +1,7 @@
 """Removes old requests, and old events of jobs and of the audit log, a few rows at a time.
 
 It also removes the oldest events of jobs of a user that has more than its quota. Runs in every
-scheduler. What another scheduler removes at the moment is skipped.
+scheduler. Rows that another scheduler is removing are skipped.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from outbox_server.shared.events import removing
 from outbox_server.shared.events.horizon import Horizon
 from outbox_server.shared.loops import Loop
 
-# For so long, a repeated request is recognised.
+# How long a repeated request is recognised.
 REQUESTS_KEPT: Final = timedelta(hours=24)
-# Of one user. A user that changes more within a day loses the oldest requests sooner.
+# The most requests that are kept of one user. A user that makes more changes within a day loses the
+# oldest requests sooner.
 _MOST_REQUESTS: Final = 10_000
-# Of one actor about the data of one user: so many accepted batches, and so many other changes.
+# The most events that are kept of one actor about the data of one user: this many accepted batches,
+# and as many other changes.
 _MOST_EVENTS: Final = 100_000
 # The number of rows that one transaction removes.
 _CHUNK: Final = 1_000
-# The same for surplus events: before each, all events are counted.
+# The same for surplus events. It is larger because each removal first counts all events.
 _SURPLUS_CHUNK: Final = 10_000
 _INTERVAL: Final = timedelta(minutes=10)
-# The number of events of jobs that one transaction counts or removes, and of how many users.
+# How many events of jobs one transaction counts or removes, and of how many users.
 _EVENT_CHUNK: Final = 8_000
 _USERS_AT_ONCE: Final = 4
-# A user may exceed its quota of events by what it writes in this time.
+# The time between two counts. A user may exceed its quota of events by what it writes in this time.
 _OFTEN: Final = timedelta(seconds=10)
 _RETRY: Final = timedelta(seconds=10)
 
@@ -53,8 +55,8 @@ class _JobEvents:
         self._retention = retention
         self._most = most
         self._horizon = Horizon()
-        # Where the removal of old events has come to in a run. From the start of the index each
-        # time, it would read all the rows that it has removed before, until a vacuum.
+        # How far a run has removed old events. If each step began at the start of the index, it
+        # would read all entries of removed rows again, until a vacuum.
         self._after = 0
 
     async def remove_old(self, connection: AsyncConnection) -> int:
@@ -66,7 +68,7 @@ class _JobEvents:
         await self._horizon.advance(connection)
         last = self._horizon.position
         if last is None:
-            # Transactions under way may still commit events. The next run counts them.
+            # Transactions in progress may still commit events. The next run counts those.
             return False
         return await removing.count_events(connection, last.event_id, _EVENT_CHUNK)
 
@@ -118,7 +120,7 @@ class Forgetter:
         self._loop = Loop("forgetting", self._step, errors=DATABASE_ERRORS, retry=_RETRY)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Remove now and then, until `stop` is set."""
+        """Remove rows at regular intervals, until `stop` is set."""
         await self._loop.run(stop)
 
     async def _step(self) -> timedelta:
@@ -138,5 +140,5 @@ class Forgetter:
                 begun = time.monotonic()
                 if not await in_transaction(self._engine, removal):
                     break
-                # So a removal uses at most half of one connection's time.
+                # With this pause, a removal uses at most half of one connection's time.
                 await asyncio.sleep(time.monotonic() - begun)

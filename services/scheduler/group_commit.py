@@ -3,9 +3,9 @@
 A commit waits for the disk, and most statements cost the same for one batch as for ten. So a group
 is faster than its batches one by one, and a call that arrives alone waits for no other.
 
-Each call of a group has its own result. What concerns one call alone (its quota, its request_id)
-fails that call. If the transaction fails, no call of the group has been accepted, and each of them
-is stored alone, so that only the faulty ones fail.
+Each call of a group has its own result. An error that concerns one call alone (its quota, its
+request_id) fails only that call. If the transaction fails, no call of the group has been accepted,
+and each of them is stored alone, so that only the faulty ones fail.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ _MOST_ROWS: Final = 1_000
 # each call waits for the group before its own.
 _MOST_BESIDE_OTHERS: Final = 16
 _COMPANY_S: Final = 2.0
-# How many groups a call tries to join whose user or request somebody else has locked.
+# How many groups a call joins, at most, while its user or request is locked.
 _TRIES: Final = 3
-# The longest time that a group may take, so that others need not wait for it for ever.
+# The longest time that a group may take, so that later calls do not wait for ever.
 _GROUP_LIMIT: Final = timedelta(seconds=10)
 # A rollback is quick. One that takes longer must not delay the end of the process.
 _END_LIMIT: Final = timedelta(seconds=5)
@@ -73,18 +73,19 @@ class StoredBatch:
     sender: IntakeSender
     record: BatchRecord | None = None
     known: KnownRequest | None = None
-    # None: no job was accepted.
+    # None means that no job was accepted.
     new: NewJobs | None = None
     # Whether the new jobs are in Redis, once this is known.
     loaded: asyncio.Future[bool | None] | None = None
 
 
-# What a call of a group gets: None means that it must go the usual way.
+# The result of a call of a group. None means that the batch must be stored alone, by
+# `Intake.accept`.
 _Outcome = StoredBatch | OutboxError | None
 
 
 class _NotCountedError(Exception):
-    """The open jobs of the user must be counted exactly, which the usual way does."""
+    """The open jobs of the user must be counted exactly, which only `Intake.accept` does."""
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +139,7 @@ class GroupCommit:
         change: RecordedChange,
         trace_parent: str | None = None,
     ) -> StoredBatch | None:
-        """Store a batch with the next group. Return None if it must go the usual way instead.
+        """Store a batch with the next group. Return None if it must be stored alone instead.
 
         If the call is cancelled while its group is written, the batch may have been accepted.
 
@@ -154,7 +155,7 @@ class GroupCommit:
         waiting = _Waiting(batch, user_id, claimant, change, trace_parent, result)
         self._waiting.setdefault(claimant, deque()).append(waiting)
         if self._writing is None:
-            # Without a call's context: a group belongs to many calls.
+            # The task has an empty context, because a group belongs to many calls.
             self._writing = asyncio.create_task(self._write_all(), context=Context())
         return await result
 
@@ -187,12 +188,13 @@ class GroupCommit:
                         error=type(error).__name__,
                         exc_info=not isinstance(error, DATABASE_ERRORS),
                     )
-                    # Without a connection, there is no group yet.
+                    # If there was no connection, no group was formed yet.
                     group = group or self._next_group()
                     self._end(group, [None] * len(group))
         finally:
             self._writing = None
-            # Only if this task is cancelled, or has a bug: no call may wait for ever.
+            # Calls are left only if this task is cancelled or has a bug. None of them may wait for
+            # ever.
             left = [each for line in self._waiting.values() for each in line]
             self._waiting.clear()
             self._end([*group, *left], [None] * (len(group) + len(left)))
@@ -241,7 +243,8 @@ class GroupCommit:
         """Give the calls of a group their results, after the commit."""
         for each, outcome in zip(group, outcomes, strict=True):
             if isinstance(outcome, StoredBatch) and outcome.new is not None:
-                # Even if the caller has left. All of a group at once, as they share markers.
+                # Also if the caller has left. All calls of a group are added at once, because they
+                # share markers.
                 outcome.loaded = self._add(outcome.sender.sender_id, outcome.new)
             if each.result.done():  # the caller has left
                 continue
@@ -253,7 +256,7 @@ class GroupCommit:
     async def _write(
         self, transaction: GroupTransaction, group: list[_Waiting]
     ) -> Sequence[_Outcome]:
-        """Write a group. Calls that have to wait for somebody else's lock leave it."""
+        """Write a group. Calls that would have to wait for a lock leave it."""
         calls = [
             GroupCall(each.batch.options.sender_id, each.request_id, each.user_id) for each in group
         ]

@@ -35,7 +35,7 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class CancelledHeld:
-    """The result of a cancellation. `more`: the time was up before all were cancelled."""
+    """The result of a cancellation. `more` means that time ran out before all were cancelled."""
 
     jobs: int
     more: bool

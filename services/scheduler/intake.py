@@ -58,17 +58,18 @@ from outbox_server.shared.user_quotas import UserQuotas
 
 T = TypeVar("T")
 
-# Uploads under way. Each holds a block of rows (at most 4 Mi characters) and the chunk that it came
-# from (4 MiB), and the next block too while a block is stored. Its thread waits for the caller most
-# of the time.
+# The most uploads in progress. Each holds a block of rows (at most 4 Mi characters) and the chunk
+# that it came from (4 MiB), and the next block too while a block is stored. Its thread waits for
+# the caller most of the time.
 _UPLOADS: Final = 16
-# Batches of one message, at most 5 MiB each. Reading them uses the CPU, so more at once would not
-# be faster.
+# The most batches of one message (at most 5 MiB) that are read at once. Reading uses the CPU, so
+# more at once would not be faster.
 _BATCHES: Final = 4
-# Small batches that wait for their group to be written. They have left the places above, because
-# each needs at most 64 KiB.
+# The most small batches that wait for their group to be written. They hold none of the places
+# above, because each needs at most 64 KiB.
 _GROUPED: Final = 256
-# Further calls wait before their first message is received, so they use no memory.
+# The most calls that wait for a place. They wait before their first message is received, so they
+# use no memory.
 _WAITING: Final = 500
 # How long an intake waits for a transaction while other intakes are stored.
 _STORE_PATIENCE: Final = timedelta(seconds=30)
@@ -90,7 +91,7 @@ _log = structlog.get_logger("outbox.intake")
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """An accepted batch, or one that was only checked, whose id is 0."""
+    """An accepted batch; or one that was only checked, which has the id 0."""
 
     batch_id: int
     user_id: str
@@ -194,7 +195,8 @@ class Intake:
         if stored is None:
             async with self.batches.entered(claimant):
                 return await self.accept(options, payload(), user_id, change)
-        # The statements of the group belong to no call. Those that follow belong to this one.
+        # The statements of the group belong to no call. The statements that follow belong to this
+        # call.
         owner_of(stored.sender.user_id)
         if stored.known is not None:
             return _replayed(stored.known, options, small.digest, stored.sender)
@@ -412,7 +414,7 @@ class _BatchWriter:
     steps: ReaderSteps
     counts: IntakeCounts = field(default_factory=IntakeCounts)
     rejections: list[RowRejection] = field(default_factory=list)
-    # Only of a batch that is only checked: its forecast needs them.
+    # Used only for a batch that is only checked: its forecast needs them.
     own_times: OwnTimes | None = None
     schedule: Schedule = field(init=False)
     quotas: UserQuotas = field(init=False)

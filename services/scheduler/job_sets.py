@@ -1,8 +1,8 @@
 """Cancels, retries and reschedules the jobs that match a filter, for about a second per call.
 
-The matching jobs are found and stored in parts. What is left of them after a second is for the next
-call, which begins where this one has ended. The rows of many jobs are written by a loop, which runs
-in every scheduler. Only one process writes the rows of a batch at a time. If it dies, another
+The matching jobs are found and stored in parts. If jobs are left after a second, the answer has a
+token with which the next call continues. The rows of many jobs are written by a loop, which runs in
+every scheduler. Only one process writes the rows of a batch at a time. If it dies, another
 continues.
 """
 
@@ -32,13 +32,14 @@ from outbox_server.shared.loops import Loop
 from outbox_server.shared.states import JobChangeKind
 from outbox_server.shared.user_quotas import UserQuotas
 
-# A part takes up to 0.3 s more, and then heads are loaded.
+# After this time no further part begins. The last part may take 0.3 s more; then heads are loaded.
 _TIME_S: Final = 1.0
 # Heads that are not loaded within this time are loaded by the dispatchers.
 _LOAD_LIMIT: Final = timedelta(seconds=0.5)
 # The pause of the loop while rows are left, such as those that another scheduler writes.
 _BUSY: Final = timedelta(seconds=1)
-# The pause otherwise. A scheduler that died may have left a change. A call here wakes the loop.
+# The pause otherwise: a scheduler that died may have left a change. A call in this process wakes
+# the loop.
 _IDLE: Final = timedelta(seconds=5)
 
 # The pause of a call that waits for rows which another process writes.
@@ -52,7 +53,7 @@ Record: TypeAlias = Callable[[AsyncConnection, ChangedJobs], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class RetriedJobs:
-    """How many jobs wait again, and how many others were meant."""
+    """How many jobs wait again, and how many of the other jobs were to be retried."""
 
     jobs: int
     skipped: int
@@ -87,7 +88,7 @@ class JobSets:
         if stale:
             await load_soon(self._loader, sorted(stale), limit=_LOAD_LIMIT)
         while changes := await in_transaction(self._engine, job_changes.oldest_of_users):
-            # In turns, so that no user waits for all rows of another.
+            # Users take turns, so that no user waits for all rows of another.
             progress = False
             for change_id in changes:
                 if self._loop.stopping:
@@ -127,7 +128,7 @@ class JobSets:
     async def retry_all(
         self, which: JobFilter, job_ids: Sequence[int] | None, record: Record
     ) -> RetriedJobs:
-        """Do the same without an end after a second: all parts are for this call.
+        """Do the same, but change all jobs that match in this call, however long it takes.
 
         `job_ids` restricts it to some jobs.
 
@@ -203,7 +204,7 @@ class JobSets:
             if await in_transaction(self._engine, left):
                 self._stale |= senders
                 if position is None:
-                    # Else the caller's next call would wait for the rows.
+                    # Otherwise the caller's next call would wait for the rows.
                     self._loop.wake()
             else:
                 await load_soon(self._loader, sorted(senders), limit=_LOAD_LIMIT)

@@ -15,7 +15,7 @@ from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import SmtpSecurity
 
 _DEFAULT_TENANT: Final = "common"
-# These names mean any directory. Client credentials need one directory.
+# These names mean any directory. Client credentials need a single directory.
 _SHARED_TENANTS: Final = frozenset({"common", "organizations", "consumers"})
 _TENANT: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?", re.ASCII)
 _TEXTS: Final = {
@@ -46,7 +46,7 @@ def check_credentials(
     """Return the credentials, with the values of a preset where none were given.
 
     `field` is the path of the endpoint in the request. `provider` is None without a preset. An
-    `endpoint` of None is wrong itself: then the credentials are checked alone.
+    `endpoint` of None means that the endpoint is invalid: then the credentials are checked alone.
 
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.

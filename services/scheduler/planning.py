@@ -9,7 +9,7 @@ from typing import Final
 
 from outbox_server.shared.forecast.simulation import JobGroup
 
-# The most different times that are kept. With more, mails are assumed to be spaced evenly.
+# The most distinct times that are kept. If there are more, mails are assumed to be evenly spaced.
 _MOST_TIMES: Final = 10_000
 _EPOCH: Final = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 _MICROSECOND: Final = timedelta(microseconds=1)

@@ -33,7 +33,7 @@ from outbox_server.shared.templates.batch import RenderError
 from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.templates.workers import TooCostlyError
 
-# As many as calls that may read a payload at once.
+# The most calls that may read a payload at once.
 _THREADS: Final = 4
 
 
@@ -196,7 +196,8 @@ class Previewer:
             shown.append((number, row))
             if isinstance(row, ShownMail):
                 mails.append(row)
-                # Each time: all of them could have 20 times the largest mail.
+                # Checked after each mail, because together they could have 20 times the size of the
+                # largest mail.
                 _check_size(mails)
         return Preview(shown, reader.email_column)
 

@@ -22,7 +22,8 @@ from outbox_server.shared.loops import Loop
 
 # The pause while batches are left, such as the batches of another scheduler.
 _BUSY: Final = timedelta(seconds=1)
-# The pause otherwise. A scheduler that died may have left a batch. A call here wakes the loop.
+# The pause otherwise: a scheduler that died may have left a batch. A call in this process wakes the
+# loop.
 _IDLE: Final = timedelta(seconds=5)
 # How long a call waits for the new times.
 _CALL_LIMIT_S: Final = 1.0

@@ -86,10 +86,11 @@ from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.traces.endpoint import open_tracer
 from outbox_server.shared.user_quotas import UserQuotas
 
-# Pages of exports that are read at once, in about 10 ms each, and those that wait.
+# How many pages of exports are read at once, in about 10 ms each, and how many wait.
 _EXPORT_READS: Final = 4
 _WAITING_EXPORTS: Final = 500
-# Erasures under way, each of which compares all rejections of its user, and those that wait.
+# How many erasures run at once, each of which compares all rejections of its user, and how many
+# wait.
 _ERASURES: Final = 4
 _WAITING_ERASURES: Final = 100
 
@@ -133,7 +134,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             stack.push_async_callback(tracer.close)
         queues = open_queues(redis, settings, key_space=run.key_space)
         loader = HeadLoader(engine, queues, settings)
-        # Here as well as in the dispatchers, so that it shows when none of them runs.
+        # The scheduler shows this too, so that it can be seen when no dispatcher runs.
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         templates = TemplateParser(settings, monitoring.registry)
         stack.push_async_callback(templates.close)

@@ -1,8 +1,7 @@
 """Reads a small batch at once, in the event loop, if nothing about it is unusual.
 
-Everything else is left to the usual way, which reports what is wrong in the usual order: a batch
-with a row that is rejected, a template that must be parsed or rendered by a worker first, a batch
-that is spread.
+All others are left to `Intake.accept`, which reports errors in a fixed order: batches with a row
+that is rejected, with a template that a worker must parse or render first, and spread batches.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def read_small(
     *,
     special_domains: bool,
 ) -> SmallBatch | None:
-    """Return the batch, or None if it must be read in the usual way. The payload must be small."""
+    """Return the batch; None if it is unusual (see above). The payload must be small."""
     if options.spread_until is not None:
         return None
     reader = BlockReader(payload, options, max_message_bytes, special_domains=special_domains)

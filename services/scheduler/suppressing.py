@@ -18,7 +18,7 @@ Record: TypeAlias = Callable[[AsyncConnection, int], Awaitable[None]]
 async def end_rest(
     engine: AsyncEngine, loader: HeadLoader, first: EndedPart, record: Record | None = None
 ) -> int:
-    """End the jobs that the first part has left. Return how many that were.
+    """End the jobs that the first part has left. Return how many were ended.
 
     If the process dies meanwhile, a dispatcher ends each of the others when it is due.
     """

@@ -19,7 +19,7 @@ from outbox_server.shared.intake.rows import RowRejection
 
 # The number of addresses that one transaction stores.
 _BLOCK: Final = 1_000
-# Imports under way. Each has a thread, which waits for the caller most of the time.
+# The most imports at once. Each has a thread, which waits for the caller most of the time.
 _IMPORTS: Final = 8
 _WAITING: Final = 100
 _REASON: Final = "reason"
@@ -30,7 +30,7 @@ Part: TypeAlias = bytes | Sequence[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """How the addresses are read. `reason` is of all rows that have none of their own."""
+    """How the addresses are read. `reason` is for all rows without a reason of their own."""
 
     reason: str = ""
     email_column: str = ""

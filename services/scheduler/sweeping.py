@@ -17,10 +17,10 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.loops import Loop
 
-# While rows are left: rows that another scheduler sweeps, or whose jobs are in flight.
+# The pause while rows are left: another scheduler sweeps them, or their jobs are in flight.
 _BUSY: Final = timedelta(seconds=1)
-# Otherwise: a scheduler that died may have left a batch. A cancellation in this process wakes the
-# sweeper.
+# The pause otherwise: a scheduler that died may have left a batch. A cancellation in this process
+# wakes the sweeper.
 _IDLE: Final = timedelta(seconds=5)
 
 

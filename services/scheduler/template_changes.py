@@ -27,7 +27,7 @@ from outbox_server.shared.templates.remote import RemoteTemplate, TemplateParser
 Headers: TypeAlias = tuple[tuple[str, str], ...]
 
 _AT_ONCE: Final = 2_500
-# The most bytes that one byte of a row becomes in a mail, by escaping and encoding.
+# The most bytes that one byte of a row can become in a mail, by escaping and encoding.
 _MOST_GROWTH: Final = 24
 
 
@@ -165,7 +165,7 @@ def _check_columns(template: RemoteTemplate, names: Sequence[str]) -> None:
 
 
 def _is_uniform(template: RemoteTemplate, before: RemoteTemplate, *, same_subject: bool) -> bool:
-    """Return whether the template fits every row that the one before fits, but for the size."""
+    """Return whether it fits every row that the previous template fits, except for the size."""
     return (
         not template.may_fail
         and not template.checks_head

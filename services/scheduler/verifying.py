@@ -23,7 +23,7 @@ from outbox_server.shared.smtp.probe import Probe, Prober
 from outbox_server.shared.smtp.replies import ReplyRules
 from outbox_server.shared.tls import TlsContexts
 
-# Seconds for the whole session: below the deadline of a call.
+# The limit of the whole session in seconds, below the deadline of a call.
 _LIMIT: Final = 20.0
 # A session with a silent endpoint lasts that long. So verifications do not count among the calls
 # of the server, and a user gets a few of them at a time.
@@ -64,7 +64,7 @@ class Verifier:
 
     @contextmanager
     def turn_of(self, user_id: str | None) -> Iterator[None]:
-        """Count a verification of a user. None means a caller who may act for all users.
+        """Hold a place for a verification of a user. None means a caller who may act for all users.
 
         Raises:
             ResourceExhausted: TOO_MANY_CALLS: the user has too many under way.

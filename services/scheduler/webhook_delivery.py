@@ -1,7 +1,7 @@
 """Posts events to webhooks. All schedulers share the work, by leases in PostgreSQL.
 
 A lease is the `next_at` of the webhook's row. A process that dies loses it after a minute, and
-another one posts the same events again. Of each webhook one request is under way at a time, and of
+another one posts the same events again. Each webhook has one request in progress at a time, and
 each user a few, so that slow servers delay only the webhooks of their user.
 """
 
@@ -49,9 +49,9 @@ from outbox_server.shared.rpc.proto_mapping import id_text
 from outbox_server.shared.secrets import SecretBox
 
 _PAUSE: Final = timedelta(milliseconds=500)
-# As long as there are no webhooks. A new one wakes the process that created it.
+# The pause while there are no webhooks. A new webhook wakes the process that created it.
 _IDLE: Final = timedelta(seconds=5)
-# How many webhooks one step looks at, how many are worked on at a time, and of one user.
+# How many webhooks one step looks at, how many are worked on at a time, and how many of one user.
 _LOOKED_AT: Final = 1_000
 _AT_ONCE: Final = 64
 _AT_ONCE_PER_USER: Final = 2
@@ -60,8 +60,8 @@ _READ: Final = 500
 MOST_EVENTS: Final = 100
 # No further request begins after this time. A request takes at most 20 s, so a lease suffices.
 _LONGEST_RUN_S: Final = 20.0
-# After its work on a webhook, a place of its user rests this many times as long, within limits:
-# a quick receiver would keep the process busy, and a slow one does not.
+# After work on a webhook, the place of its user rests this many times as long as the work took,
+# within limits. Otherwise a quick receiver would keep the process busy.
 _REST_RATIO: Final = 4
 _LEAST_REST_S: Final = 0.05
 _LONGEST_REST_S: Final = 0.25
@@ -98,7 +98,7 @@ class WebhookDelivery:
         # The last webhook that was looked at.
         self._after = 0
         self._working: dict[asyncio.Task[None], WebhookRecord] = {}
-        # How many of them only rest.
+        # How many of the tasks in `_working` only rest.
         self._resting = 0
         self._loop = Loop("webhooks", self._step, errors=DATABASE_ERRORS)
 
@@ -139,7 +139,7 @@ class WebhookDelivery:
         return timedelta(0) if self._after else _PAUSE
 
     def _pick(self, waiting: Sequence[storage.WaitingWebhook], free: int) -> list[int]:
-        """Return the webhooks to work on: a few of each user, first those that rested longest."""
+        """Return the webhooks to work on: a few of each user, those that rested longest first."""
         counts = Counter(webhook.user_id for webhook in self._working.values())
         picked: list[int] = []
         for one in sorted(waiting, key=lambda each: each.next_at):
@@ -152,7 +152,7 @@ class WebhookDelivery:
         del self._working[task]
         if not task.cancelled() and task.exception() is not None:
             _log.error("webhook_failed", exc_info=task.exception())
-        # It may have more events, and another one of its user may have its place.
+        # The webhook may have more events, and another webhook of its user may now use its place.
         self._loop.wake()
 
     async def _work(self, webhook: WebhookRecord, horizon: int) -> None:
@@ -162,7 +162,8 @@ class WebhookDelivery:
         except DATABASE_ERRORS as error:
             # The lease expires, and the work is done again.
             _log.warning("webhook_postponed", error=type(error).__name__)
-        # The place of its user rests too, else many webhooks would use all of the process.
+        # The place of its user rests too. Otherwise a user with many webhooks would keep the
+        # process busy.
         rest = (time.monotonic() - begun) * _REST_RATIO
         self._resting += 1
         try:
@@ -186,7 +187,8 @@ class WebhookDelivery:
     async def _try_again(self, webhook: WebhookRecord, due: DeliveryRecord) -> None:
         found = await self._read(webhook, due.after_event, due.last_event)
         events = found.events
-        # Not a part of them: the message would be another one with the same id.
+        # If only some of its events are left, they are not posted: it would be another message with
+        # the same id.
         removed = due.after_event < found.removed_to and len(events) < due.event_count
         if removed or not events:
             await self._give_up(webhook, due)
@@ -206,7 +208,7 @@ class WebhookDelivery:
             )
 
     async def _give_up(self, webhook: WebhookRecord, due: DeliveryRecord) -> None:
-        """Give up a delivery whose events were removed. Its receiver has not failed: no pause."""
+        """Give up a delivery whose events were removed. The webhook is not paused for it."""
         async with self._engine.begin() as connection:
             if await storage.release(connection, webhook, after_event=webhook.after_event):
                 await storage.fail_delivery(

@@ -26,7 +26,7 @@ from outbox_server.shared.tls import TlsContexts
 LIMIT: Final = timedelta(seconds=10)
 _SUCCESS: Final = range(200, 300)
 _MAX_ERROR: Final = 200
-# Of an answer. Its body is read only to keep the connection, for at most this long.
+# The limits of an answer's body. It is read only to keep the connection, for at most this long.
 _MAX_ANSWER_BYTES: Final = 16 * 1024
 _BODY_S: Final = 0.2
 
@@ -40,7 +40,7 @@ class WebhookMessage:
     kind: str
     data: dict[str, Any]
     user_id: str
-    # The first one is the present one. Each signs.
+    # The present secret comes first. Each of them signs.
     secrets: Sequence[str] = field(repr=False)
 
     def body(self) -> bytes:
@@ -143,7 +143,7 @@ class WebhookConnection:
             return PostResult(None, f"{host} does not speak HTTP")
         except (OSError, httpcore.NetworkError, ssl.SSLError) as error:
             said = text_of(error) or type(error).__name__
-            # A NoConnection names the host itself.
+            # The text of a NoConnection already names the host.
             where = "" if isinstance(error, NoConnection) else f"no connection to {host}: "
             return PostResult(None, f"{where}{said}"[:_MAX_ERROR])
         if status in _SUCCESS:

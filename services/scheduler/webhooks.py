@@ -72,12 +72,12 @@ def message_id(webhook_id: int, after_event: int, last_event: int) -> str:
 
 
 def pause_after(failures: int) -> timedelta:
-    """Return how long a webhook gets no request after this number of failures in a row."""
+    """Return how long a webhook is paused after this number of failures in a row."""
     return min(timedelta(seconds=2 ** min(failures, 10)), _LONGEST_PAUSE)
 
 
 def wait_before(attempts: int, backoff: Sequence[timedelta]) -> timedelta | None:
-    """Return the wait after this number of failed tries of a delivery; None means: give up."""
+    """Return the wait after this number of failed tries of a delivery; None means to give up."""
     return backoff[attempts - 1] if attempts <= len(backoff) else None
 
 

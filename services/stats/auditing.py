@@ -69,7 +69,7 @@ def requested_interval(request: stats_service_pb2.AuditSenderRequest) -> Interva
         raise InvalidInput.field(
             "end_time", "must be later than start_time", reason="INTERVAL_INVALID"
         )
-    # A start in the first year of the calendar means all attempts.
+    # A start in the year 1 means all attempts.
     if start is not None and start.year <= 1:
         start = None
     return Interval(start, end)

@@ -1,4 +1,4 @@
-"""The loop that folds count deltas. Readers add the deltas, so only their speed depends on it."""
+"""The loop that folds count deltas. A late fold makes readers slower, but counts stay exact."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class StatsMetrics:
         )
 
     async def refresh(self) -> None:
-        """Read the gauges. They are not a number while PostgreSQL does not answer."""
+        """Read the gauges. Their value is NaN while PostgreSQL does not answer."""
         unfolded, cooling = NOT_KNOWN, NOT_KNOWN
         try:
             unfolded, cooling = await self._read()

@@ -161,7 +161,7 @@ def _value(comparison: Comparison, field: FilterField) -> Value:
 
 
 def stored_address(text: str) -> str | None:
-    """Return an address in the form in which addresses are stored; None if it is none."""
+    """Return an address in the form in which addresses are stored; None if it is not one."""
     try:
         return check_address(text)
     except BadAddress:

@@ -24,7 +24,7 @@ _SPACE: Final = re.compile(r"\s*")
 _FIELD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPERATOR: Final = re.compile(r"<=|>=|!=|<|>|=|:")
 _WORD: Final = re.compile(r"[^\s()\"'<>=!:]+")
-# After an operator. A time has colons, and an address may have an equals sign.
+# A value, after an operator. A time has colons, and an address may have an equals sign.
 _VALUE: Final = re.compile(r"[^\s()\"']+")
 _QUOTED: Final = {
     quote: re.compile(rf"{quote}((?:[^{quote}\\]|\\.)*){quote}", re.DOTALL) for quote in "\"'"
@@ -88,7 +88,7 @@ def parse_filter(text: str) -> Tree[Comparison] | None:
     Raises:
         InvalidInput: FILTER_INVALID, with the position of the error.
     """
-    # A filter may have several lines. No other control character is in anything that is stored.
+    # A filter may have several lines. Nothing that is stored has any other control character.
     FILTER.check("filter", text.translate(_LINES))
     return None if not text.strip() else _Parser(text).parse()
 

@@ -42,7 +42,7 @@ from outbox_server.shared.states import BatchState
 
 # The caller waits no longer than this for the head; dispatchers load it otherwise.
 _LOAD_LIMIT: Final = timedelta(seconds=1)
-# The due times of so few jobs are written in the transaction of the call.
+# The due times of at most this many jobs are written in the transaction of the call.
 _RESPREAD_IN_CALL: Final = 5_000
 # How often templates are checked again because another call has changed them meanwhile.
 _TRIES: Final = 3
@@ -226,7 +226,7 @@ class BatchControl:
     ) -> Made[batch_pb2.Batch]:
         after = await self._read(connection, batch, user_id) if changed else before
         answer = to_batch(after)
-        # As in lists, because the texts may be long.
+        # The texts are left out as in lists, because they may be long.
         for text in TEXTS:
             answer.ClearField(text)
         stored = batch_pb2.Batch()
@@ -254,7 +254,7 @@ async def _complete(
     found = await read_batch(connection, int(stored.batch_id), user_id)
     if found is not None:
         present = to_batch(found)
-        # An older release has stored them.
+        # An older release stored these texts with the answer.
         for name in LONG_OR_PERSONAL:
             stored.ClearField(name)
         stored.reply_to, stored.external_id = present.reply_to, present.external_id
@@ -312,7 +312,7 @@ def _check_unchangeable(asked: batch_pb2.Batch, present: batch_pb2.Batch) -> Non
 
 
 def _values(batch: batch_pb2.Batch, names: Sequence[str]) -> dict[str, Any]:
-    """Return the new values. None: a text that the rows have themselves, or the present time."""
+    """Return the new values. None means a text that each row has itself, or the present time."""
     values: dict[str, Any] = {}
     wrong = Violations()
     for name in names:

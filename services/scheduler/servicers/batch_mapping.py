@@ -83,7 +83,7 @@ def _state(record: BatchRecord) -> batch_pb2.BatchState.ValueType:
     # DONE is not stored, because the statement that ends the last job would have to write it.
     if not record.counts.open:
         return batch_pb2.BATCH_STATE_DONE
-    # Nor is the end of a pause.
+    # The end of a pause is not stored either.
     return (
         batch_pb2.BATCH_STATE_ACTIVE if record.paused_at is None else batch_pb2.BATCH_STATE_PAUSED
     )

@@ -233,7 +233,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             job = await find_only_job(connection, accepted.batch_id, accepted.user_id)
             batch = await storage.read_batch(connection, accepted.batch_id, accepted.user_id)
             if job is None or batch is None:
-                # Suppressed while it was accepted, or removed since.
+                # It was suppressed while it was accepted, or removed since.
                 raise recipient_suppressed()
             forecast = await self._forecaster.forecast(connection, batch)
             installation = await self._previewer.installation_id()
@@ -333,7 +333,8 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 raise not_found("batch_id", request.batch_id)
             check_etag(request.etag, batch_etag(cancelled.was, found.revision), "this batch")
             batch = to_batch(found)
-            # As in lists: the answer is stored, and the texts may be long, or be erased.
+            # Texts are left out as in lists, because the answer is stored, and they may be long or
+            # be erased.
             for text in LONG_OR_PERSONAL:
                 batch.ClearField(text)
             counts = batch.counts
@@ -469,8 +470,8 @@ def _asked(request: _NewBatch) -> tuple[str | None, BatchOptions, RecordedChange
 def _lost_again(batch_id: int) -> Unavailable:
     """Return the error of a batch that was stored, and is not in PostgreSQL a moment later.
 
-    A failover to a replica that lagged may lose a commit that was answered. The caller repeats the
-    request, which then accepts the batch.
+    A failover to a replica that was behind may lose a commit that was confirmed. The caller repeats
+    the request, which then accepts the batch.
     """
     return Unavailable(
         "the database lost the batch while it was accepted; try again with the same request_id",

@@ -54,7 +54,7 @@ _RESOLUTIONS: Final = {
     email_job_service_pb2.UNCERTAIN_RESOLUTION_SENT: JobState.SENT,
     email_job_service_pb2.UNCERTAIN_RESOLUTION_RESEND: JobState.SCHEDULED,
 }
-# What jobs get, for the audit log.
+# The new state of jobs, for the audit log.
 _RETRIED: Final = {"state": JobState.SCHEDULED.name}
 _CANCELLED: Final = {"state": JobState.CANCELLED.name}
 
@@ -236,7 +236,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             which.user_id,
             email_job_service_pb2.RescheduleEmailJobsResponse,
             reschedule,
-            # A delay that is made twice is twice as long.
+            # Applied twice, a delay would be twice as long.
             repeatable=new.at is not None,
         )
 
@@ -273,7 +273,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
                     reason="NOT_UNCERTAIN",
                     metadata={"email_job_id": request.email_job_id, "state": job.state.name},
                 )
-            # In this transaction, so not kept: it may be rolled back.
+            # Read in this transaction and not cached, because the transaction may be rolled back.
             installation = self._installation_id or await installation_id(connection)
             return replace(
                 changed_job(to_job(job, installation), JobState.UNCERTAIN),
@@ -354,7 +354,7 @@ def _check_ids(request: email_job_service_pb2.RetryEmailJobsRequest, *, allowed:
 
 
 def _named_ids(request: email_job_service_pb2.RetryEmailJobsRequest) -> Sequence[int] | None:
-    """Return the jobs that the request names; None means any. Other texts are no ids of jobs."""
+    """Return the jobs that the request names; None means any. Malformed ids are left out."""
     if not request.email_job_ids:
         return None
     ids = []

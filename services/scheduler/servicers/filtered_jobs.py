@@ -103,7 +103,7 @@ def _check_due_order(tree: Filter | None) -> None:
 
 
 def _id(text: str, field: str) -> int | None:
-    """Return an id; None if no resource can have it."""
+    """Return the id that a text means; None if no resource can have it."""
     try:
         return parse_id(text, field)
     except NotFound:

@@ -1,4 +1,4 @@
-"""Cancels single jobs: those of calls that come at once in one transaction.
+"""Cancels single jobs. Calls that arrive at the same time share one transaction.
 
 A commit waits for the disk, and each statement costs nearly the same for one job as for many. So
 hundreds of calls take as long as a few. A call is made alone if somebody else has locked its job,
@@ -41,7 +41,7 @@ from outbox_server.shared.errors import FailedPrecondition, OutboxError
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState
 
-# A cancellation is repeated if the job returns from a failed attempt meanwhile.
+# How often a cancellation is tried, because the job may return from a failed attempt meanwhile.
 _TRIES: Final = 5
 # The longest time that a group may take, so that others need not wait for it for ever.
 _GROUP_LIMIT: Final = timedelta(seconds=10)
@@ -60,7 +60,7 @@ class _CancelCall:
 
 @dataclass(frozen=True, slots=True)
 class _Cancelled:
-    """What a call has made. `sender_id` is the sender whose head must be loaded; 0: none."""
+    """The result of a call. `sender_id` is the sender whose head must be loaded; 0 means none."""
 
     made: Made[email_job_pb2.EmailJob]
     sender_id: int = 0
@@ -68,7 +68,7 @@ class _Cancelled:
     replayed: bool = False
 
 
-# What a call of a group gets. One without an outcome is made alone.
+# The result of a call of a group. A call without a result is made alone.
 _Outcome: TypeAlias = _Cancelled | OutboxError
 
 
@@ -116,7 +116,7 @@ class JobCanceller:
             leave_turn()
             outcome = await self._groups.get(number)
         finally:
-            # If the caller has left, its job is not cancelled any more.
+            # If the caller has left, its job is not cancelled.
             self._calls.pop(number, None)
         if outcome is None:
             return await self._cancel_alone(request, job_id, user_id)
@@ -126,7 +126,7 @@ class JobCanceller:
             await self._load(outcome.sender_id)
         if outcome.replayed or not asked.key.request_id:
             return outcome.made.answer
-        # Not by the group: another call with this id could let it wait.
+        # Not in the group, which would wait for another call with this `request_id`.
         return await self._changes.remember(asked, outcome.made, email_job_pb2.EmailJob)
 
     async def _cancel_group(self, numbers: Sequence[int]) -> Mapping[int, _Outcome]:
@@ -155,7 +155,7 @@ class JobCanceller:
             moved = await cancelling.end_waiting(connection, this, JobState.CANCELLED)
             job = await email_jobs.read_job(connection, job_id, user_id)
             if job is not None and await unwritten_retries(connection, [job_id]):
-                # The job would wait as soon as its retry is written.
+                # Its retry is stored: the job would wait again as soon as the retry is written.
                 await retry_job(connection, job.batch_id, job_id)
                 moved = await cancelling.end_waiting(connection, this, JobState.CANCELLED)
                 job = await email_jobs.read_job(connection, job_id, user_id)

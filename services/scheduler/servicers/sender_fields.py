@@ -137,8 +137,8 @@ class SenderFields:
             InvalidInput: SMTP_ENDPOINT_INVALID.
         """
         wrong = Violations()
-        # A preset that is wrong would have filled in what is not set: with any other's values, only
-        # wrong ones are named.
+        # In place of an invalid preset, another one fills in the fields that are not set. So only
+        # errors in the given fields are reported.
         provider = wrong.value(
             lambda: provider_of("sender.smtp.preset", asked.preset), PROVIDERS[SmtpPreset.GMAIL]
         )

@@ -98,7 +98,8 @@ def etag_of(record: SenderRecord) -> str:
 
 
 _KEPT_APART: Final = "set"
-# What the audit log leaves out: it is in the event already, or follows from the other fields.
+# Fields that the audit log leaves out: the event has them already, or they follow from other
+# fields.
 _NOT_AUDITED: Final = (
     *("sender_id", "user_id", "create_time", "update_time", "etag", "cooldown"),
     *("effective_min_gap", "effective_hourly_limit", "binding_limit", "effective_limits"),

@@ -188,7 +188,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
                 reason="UPLOAD_OUT_OF_ORDER",
             )
         parts = _parts(_part(first), messages)
-        # It is kept for the audit log, and the part may be large.
+        # The request is kept for the audit log, and the part may be large.
         first.ClearField("part")
         with errors_name("chunk"):
             return await self._import(first, parts)
@@ -347,7 +347,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
                 rejection_count=erased.rejections,
                 in_flight_count=erased.in_flight,
             )
-            # The event and the stored request name the hash alone.
+            # The event and the stored request have only the hash.
             return Made(
                 answer,
                 _target(erased.suppression),

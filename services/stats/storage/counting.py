@@ -133,12 +133,12 @@ async def read_watched(
         }
 
 
-# Waiting jobs of paused batches that are passed to find the one that is sent next.
+# The most waiting jobs of paused batches that are skipped to find the one that is sent next.
 _MOST_PASSED: Final = 1_000
 
 
 def _sender_statement() -> Select[Any]:
-    # The first one that is not of a paused batch, if it is among so few.
+    # The first waiting job whose batch is not paused, if it is among the first few.
     some = (
         select(
             EmailJob.id,

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.models import DispatcherRow, EndpointReportRow
 from outbox_server.shared.database.ownership import owned_by
 
-# Rows that are read at most: an operator's list of a large installation is cut.
+# The most rows that are read. An operator's list of a large installation is cut.
 _MOST_READ: Final = 20_000
 _LIVE_FOR: Final = timedelta(seconds=20)
 
@@ -37,7 +37,7 @@ class EndpointCounts:
 async def read_endpoints(
     connection: AsyncConnection, user_id: str | None
 ) -> Sequence[EndpointCounts]:
-    """Return the endpoints of a user, those with the most attempts first. None: of all users."""
+    """Return the endpoints of a user (None: of all users), those with the most attempts first."""
     row = EndpointReportRow
     statement: Any = (
         select(
