@@ -53,7 +53,7 @@ Record: TypeAlias = Callable[[AsyncConnection, ChangedJobs], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class RetriedJobs:
-    """How many jobs wait again, and how many of the other jobs were to be retried."""
+    """How many jobs wait again, and how many other jobs of the request do not."""
 
     jobs: int
     skipped: int

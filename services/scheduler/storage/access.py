@@ -29,7 +29,8 @@ async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], 
         except DBAPIError as error:
             if not tries_left or not isinstance(error.orig, _CONFLICTS):
                 raise
-        # At random, because two that collided would collide again if they were repeated together.
+        # The pause is random: two transactions that collided would collide again after equal
+        # pauses.
         await asyncio.sleep(_PAUSE_S * random.random())  # noqa: S311 - no secret
     raise AssertionError("unreachable")
 

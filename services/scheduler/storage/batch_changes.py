@@ -119,7 +119,8 @@ async def pause_batch(
     if batch.paused and batch.paused_until == until:
         return False
     if not batch.paused:
-        # Not exact if calls arrive at the same time: it only bounds the work of loads.
+        # Several calls at once may exceed the limit a little. That is enough to bound the work of
+        # loads.
         others = select(func.count()).where(Batch.sender_id == batch.sender_id, batch_is_paused())
         if (await connection.scalar(others) or 0) >= MOST_PAUSED_BATCHES:
             raise FailedPrecondition(
@@ -142,9 +143,9 @@ async def resume_batch(connection: AsyncConnection, batch: LockedBatch) -> bool:
 
 
 async def forget_ended_pauses(connection: AsyncConnection, limit: int) -> int:
-    """Remove the pauses that have ended from the rows of their batches. Return how many.
+    """Remove pauses that have ended from the rows of their batches. Return how many were removed.
 
-    It changes nothing that anybody sees. It keeps the index of paused batches small.
+    Callers see no change. It keeps the index of paused batches small.
     """
     ended = (
         select(Batch.id)

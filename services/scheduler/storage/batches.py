@@ -54,7 +54,7 @@ class BatchRecord:
     last_due_at: datetime | None
     email_column: str | None
     test: bool
-    # When it was paused, and when the pause ends by itself. None: it is not paused now.
+    # When it was paused, and when the pause ends by itself. None means that it is not paused now.
     paused_at: datetime | None
     paused_until: datetime | None
     # Whether new due times are being written.
@@ -64,7 +64,7 @@ class BatchRecord:
     name_column: str | None
     external_id: str | None
     labels: Mapping[str, str]
-    # In lists, these are left out.
+    # These are left out in lists.
     reply_to: str | None = None
     headers: Sequence[tuple[str, str]] = ()
 
@@ -123,7 +123,7 @@ _LISTED: Final = (
     Batch.respreading,
     Batch.revision,
 )
-# What lists leave out.
+# The columns that lists leave out.
 _LONG: Final = (Batch.body, Batch.html, Batch.reply_to, Batch.headers)
 
 

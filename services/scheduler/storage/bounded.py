@@ -15,7 +15,7 @@ K = TypeVar("K")
 
 # The number of rows that one search reads, in about 10 ms.
 MOST_READ: Final = 5_000
-# Of the first part of a search, for each row that is wanted.
+# The number of rows that the first part of a search reads, for each row that is wanted.
 _FIRST_PART: Final = 3
 
 
@@ -23,7 +23,7 @@ _FIRST_PART: Final = 3
 class FoundRows(Generic[K]):
     """The rows that a search found, and the key after which the next one continues.
 
-    `reached` is None if there are no more, and if as many were found as were wanted.
+    `reached` is None if there are no more rows, or if as many were found as were wanted.
     """
 
     rows: Sequence[Row[Any]]

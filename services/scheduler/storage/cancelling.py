@@ -80,10 +80,10 @@ async def end_unlocked(
 ) -> Sequence[int]:
     """Move those of some jobs that wait to a final state, and return them. Wait for no lock.
 
-    `jobs` has the batch of each. Jobs that somebody has locked, or their batches, are left alone.
+    `jobs` has the batch of each. Jobs that are locked, or whose batches are, are left alone.
     """
     these = Batch.id == any_(literal(sorted(set(jobs.values())), ARRAY(BigInteger)))
-    # As `lock_batches` does.
+    # The batches are locked as by `lock_batches`.
     locked = select(Batch.id).where(these).order_by(Batch.id)
     found = await connection.scalars(locked.with_for_update(read=True, skip_locked=True))
     batches = set(found)
@@ -264,7 +264,7 @@ async def cancel_batches_of(connection: AsyncConnection, sender_id: int) -> int:
             Batch.id.in_(recent),
         ),
     )
-    # Locked in the order of ids: two cancellations never wait for one another.
+    # Locked in the order of ids, so that two cancellations cannot deadlock.
     locked = select(Batch.id).where(*of_sender).order_by(Batch.id).with_for_update()
     ids = list((await connection.execute(locked)).scalars())
     jobs = 0
@@ -307,7 +307,7 @@ async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_A
         limit,
         # The heads were marked when the batch was cancelled.
         heads=False,
-        # Those that somebody has locked are left to a later call, too.
+        # Rows that are locked are also left to a later call.
         skip_locked=True,
     )
     moved = (await connection.execute(statement)).one()

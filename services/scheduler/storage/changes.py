@@ -1,6 +1,6 @@
-"""The requests that changed something, by which a repeated call is recognised, and their end.
+"""Stores the requests that changed something, by which a repeated call is recognised.
 
-The events of the audit log are removed here too.
+Also removes old requests, and old events of the audit log.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ async def forget_address(connection: AsyncConnection, user_id: str, address_key:
 
 
 async def remove_requests(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
-    """Remove the oldest requests, at most `limit`. Return how many that were."""
+    """Remove the oldest requests, at most `limit`. Return how many were removed."""
     old = ChangeRequest.created_at < func.now() - older_than
     return await _remove(connection, ChangeRequest, old, ChangeRequest.created_at, limit)
 
@@ -160,7 +160,7 @@ async def remove_surplus_requests(connection: AsyncConnection, most: int, limit:
 
 
 async def remove_events(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
-    """Remove the oldest events of the audit log, at most `limit`. Return how many that were."""
+    """Remove the oldest events of the audit log, at most `limit`. Return how many were removed."""
     old = AuditEvent.happened_at < func.now() - older_than
     return await _remove(connection, AuditEvent, old, AuditEvent.happened_at, limit)
 
@@ -168,9 +168,9 @@ async def remove_events(connection: AsyncConnection, older_than: timedelta, limi
 async def remove_surplus_events(connection: AsyncConnection, most: int, limit: int) -> int:
     """Remove the oldest events of an actor that changed a user's data more than `most` times.
 
-    Each actor has a share of its own, so that no user can push out what an operator did. So have
-    accepted batches: a program that schedules each mail alone does not push out rare changes.
-    Return how many were removed.
+    Each actor has a share of its own, so that no user can push out what an operator did. Accepted
+    batches have a separate share, so that a program that schedules each mail alone does not push
+    out rare changes. Return how many were removed.
     """
     accepted = AuditEvent.action.in_(sorted(ACCEPTING))
     share = AuditEvent.user_id, AuditEvent.actor, accepted
@@ -187,7 +187,8 @@ async def _remove_surplus(  # noqa: PLR0917 - two tables with their own columns
 ) -> int:
     """Remove the oldest rows of one share that has more than `most`.
 
-    Rows with equal values of `share` are one. Rows without the first have none.
+    A share is the rows with equal values in the columns `share`. Rows with NULL in the first of
+    them are kept.
     """
     crowded = select(*share).where(share[0].is_not(None))
     crowded = crowded.group_by(*share).having(func.count() > most)

@@ -89,7 +89,7 @@ def _spellings(address: str) -> list[ColumnElement[str]]:
 
 
 def senders_of(user_id: str | None) -> Select[int]:
-    """Return the ids of all senders of a user, deleted ones included. None means of all users."""
+    """Return the ids of all senders of a user, including deleted ones. None means all users."""
     return owned_by(select(Sender.id), Sender.user_id, user_id)
 
 
@@ -110,7 +110,7 @@ def hash_is_in(keys: Any, senders: Select[int]) -> ColumnElement[bool]:
 
 
 def is_addressed_to(address: str) -> ColumnElement[bool]:
-    """Return the condition that a job goes to `address`, in a form that no index has."""
+    """Return the condition that a job goes to `address`, in a form that matches no index."""
     return func.lower(EmailJob.recipient).in_(_spellings(address))
 
 
@@ -129,7 +129,7 @@ def is_to(address: str, senders: Select[int]) -> ColumnElement[bool]:
 
 
 def _has_state(state: JobState) -> ColumnElement[bool]:
-    """Return the condition that the row of a job has a state, in a form that no index has.
+    """Return the condition that the row of a job has a state, in a form that matches no index.
 
     A walk reads a few rows of a batch and decides about each. On a table that was just filled, the
     planner would read all jobs in the state instead, by one of the partial indexes.
@@ -194,7 +194,7 @@ JOB_LEAVES: Final[Mapping[str, Leaf]] = {
     "schedule_time": column(EmailJob.scheduled_at),
     "finish_time": column(finished_now, nullable=True),
     "send_time": _send_time,
-    # As the largest type, which any number of a filter has.
+    # As the largest type, because a filter may have any number.
     "attempt_count": column(cast(EmailJob.attempt, BigInteger)),
     "row_number": column(cast(EmailJob.row_number, BigInteger)),
     "test": column(_of_batch(Batch.test)),

@@ -203,7 +203,7 @@ async def read_job(
 
 
 async def read_jobs(connection: AsyncConnection, job_ids: Sequence[int]) -> dict[int, JobRecord]:
-    """Return some jobs by their ids, of whatever user."""
+    """Return some jobs by their ids, of any user."""
     page = (
         select(*_JOB, *_OF_BATCH)
         .join(Batch, Batch.id == EmailJob.batch_id)

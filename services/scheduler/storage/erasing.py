@@ -71,7 +71,7 @@ from outbox_server.shared.states import JobState, SuppressionForm
 ERASED_AT_ONCE: Final = 1_000
 # The number of rejections that one statement reads.
 _READ_AT_ONCE: Final = 1_000
-# What stands in place of an erased text.
+# The text that replaces an erased text.
 _ERASED: Final = "(erased)"
 
 
@@ -95,7 +95,8 @@ async def suppress_erased(
     await store_suppression(connection, user_id, hashed, SuppressionForm.EXACT)
     plain = Suppression.address == exact
     if folded != exact:
-        # What older releases find. One that they wrote still covers what it has covered.
+        # Older releases find this form. A suppression that they wrote still covers the same
+        # addresses.
         theirs = and_(Suppression.address == folded, Suppression.form.is_(None))
         older = await connection.scalar(
             owned_by(select(Suppression.address).where(theirs), Suppression.user_id, user_id)
@@ -135,7 +136,7 @@ async def erase_jobs(
 
 
 async def count_left(connection: AsyncConnection, user_id: str, address: str) -> int:
-    """Return how many mails to the address are not erased, in whatever state they are by now.
+    """Return how many mails to the address are not erased, whatever their state is now.
 
     They were being sent when the others were erased, and may have ended since.
     """
@@ -285,7 +286,7 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
         .returning(Batch.id)
         .cte("own_batches")
     )
-    # What was said about these jobs, and the texts that UpdateBatch gave to a batch of this person.
+    # Events about these jobs lose their texts, and so do those about a batch for this person alone.
     about = [
         literal(f"{kind}/", Text) + cast(rows.c.id, Text)
         for kind, rows in (("email-jobs", picked), ("batches", batches))

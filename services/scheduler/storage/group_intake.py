@@ -113,7 +113,7 @@ def _calls(*names: str) -> Any:
 
 
 def _lock_statement() -> Any:
-    """Return the statement that locks, without waiting, and reads what the locks protect last."""
+    """Return the statement that takes locks without waiting, then reads what they protect."""
     calls = _calls("number", "sender_id", "request_id", "user_id")
     user = Sender.user_id
     locks = and_(
@@ -235,7 +235,7 @@ JOB_COLUMNS: Final = (
     *("recipient_key", "address_key", "variables", "external_id", "external_key", "labels"),
 )
 EVENT_COLUMNS: Final = ("actor", "identity", "reason", "action", "target", "user_id", "after")
-# Built once, because that takes longer than to run them.
+# Built once, because building them takes longer than running them.
 _LOCK: Final = FrequentStatement(_lock_statement())
 _KNOWN: Final = FrequentStatement(_known_statement())
 _OPEN: Final = FrequentStatement(MOST_OPEN_COUNTS)
@@ -252,7 +252,7 @@ class GroupIntakeStore:
     def __init__(
         self, engine: AsyncEngine, quotas: UserQuotas, ids: IdSource | None = None
     ) -> None:
-        """`engine` is one of single statements. `quotas` are for users without overrides."""
+        """`engine` runs single statements. `quotas` are those of users without overrides."""
         self._kept = KeptConnections(engine)
         self._quotas = quotas
         self.ids = ids or IdSource()
@@ -288,8 +288,8 @@ class GroupTransaction:
     async def lock(self, calls: Sequence[GroupCall]) -> dict[int, LockedSender]:
         """Return the sender of each call, by the number of the call.
 
-        Those are missing whose sender does not exist, is deleted, belongs to another user, or is
-        locked by somebody else.
+        A call is missing if its sender does not exist, is deleted, belongs to another user, or is
+        locked by another transaction.
         """
         values = {
             "number_list": list(range(len(calls))),

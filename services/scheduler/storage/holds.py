@@ -47,7 +47,7 @@ _DAY: Final = timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class HeldFilter:
-    """Which held jobs are meant. None means any. `sending`: was SENDING when the hold began."""
+    """Which held jobs to take; None means any. `sending`: those SENDING when the hold began."""
 
     user_id: str | None = None
     sender_id: int | None = None

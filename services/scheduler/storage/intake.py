@@ -72,7 +72,8 @@ _LOCK_SPACE: Final = 0x5251
 # A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)
 _MILLISECOND: Final = timedelta(milliseconds=1)
-# How long a call waits for another call with the same request_id. Below the usual deadline.
+# How long a call waits for another call with the same request_id. It is below the usual deadline of
+# a call.
 _LOCK_LIMIT: Final = "20s"
 # The transaction waits for the chunks of an upload, which may be slow. Its rate has a limit of its
 # own (`shared.intake.upload_rate`); this one is for a host that has vanished.
@@ -81,7 +82,7 @@ COPY_JOBS: Final = (
     "COPY email_jobs (id, batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
     "recipient_key, address_key, variables) FROM STDIN"
 )
-# For rows with ids or labels. Others do not pay for these columns.
+# Only rows with ids or labels are copied with these columns.
 COPY_TAGGED_JOBS: Final = COPY_JOBS.replace(")", ", external_id, external_key, labels)")
 _COPY_REJECTIONS: Final = (
     "COPY batch_rejections (batch_id, row_number, column_name, reason, detail) FROM STDIN"
@@ -175,7 +176,8 @@ def request_lock(user_id: Any, request_id: Any) -> ColumnElement[int]:
     id is being written, without waiting for the end of an upload.
     """
     text = cast(user_id, Text) + literal("\n", Text) + cast(request_id, Text)
-    # All 64 bits: nobody finds another request with the same key, which would wait for his upload.
+    # The key has all 64 bits, so that nobody can find another request with the same key, which
+    # would have to wait for their upload.
     return func.hashtextextended(text, literal(_LOCK_SPACE, BigInteger))
 
 
@@ -455,7 +457,7 @@ class IntakeTransaction:
 
     async def record(self, change: RecordedChange) -> None:
         """Append an event to the audit log."""
-        # Others need the place of this intake, if somebody keeps the log locked.
+        # If the audit log stays locked, the call gives its place to another one.
         await self._limit(lock_timeout=_LOCK_LIMIT)
         await record_change(self._connection, change)
 

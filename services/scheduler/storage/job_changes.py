@@ -60,8 +60,8 @@ from outbox_server.shared.states import JobChangeKind, JobState
 
 # The number of rows that one transaction writes, in about 0.3 s.
 WRITTEN_AT_ONCE: Final = 10_000
-# A sender may have about this many changes that are not written. A load of its head compares their
-# batches with each job that it passes: 0.4 s for a million jobs.
+# The most changes of a sender, approximately, that are not written yet. A load of its head compares
+# their batches with each job that it passes: 0.4 s for a million jobs.
 MOST_UNWRITTEN: Final = 250
 _READ_AT_ONCE: Final = 1_000
 _BIT: Final = literal(1, BigInteger)
@@ -71,7 +71,7 @@ _LATEST: Final = datetime.fromisoformat("9990-01-01T00:00:00+00:00")
 
 @dataclass(frozen=True, slots=True)
 class NewTime:
-    """When jobs become due: at a time, or so much later than now planned."""
+    """When jobs become due: at a time, or later by `delay` than planned now."""
 
     at: datetime | None = None
     delay: timedelta = timedelta(0)
@@ -119,7 +119,7 @@ async def store_changes(
         literal(at, TIMESTAMP(timezone=True)),
         literal(delay, INTERVAL),
         n,
-        # As many blocks as have about WRITTEN_AT_ONCE jobs.
+        # The number of blocks that have about WRITTEN_AT_ONCE jobs.
         func.greatest(func.count() * WRITTEN_AT_ONCE // n, 1),
     ).group_by(blocks.c.batch_id, blocks.c.sender_id)
     columns = ("batch_id", "sender_id", "kind", "changed_at", "due_at", "delay", "n", "step")
@@ -161,7 +161,7 @@ def is_retried() -> ColumnElement[bool]:
 async def unwritten_times(
     connection: AsyncConnection, batch_ids: Sequence[int]
 ) -> frozenset[NewTime | None]:
-    """Return the new due times of some batches that are not written. None is a respread."""
+    """Return the new due times of some batches that are not written. None stands for a respread."""
     these = literal(batch_ids, ARRAY(BigInteger))
     changes = select(JobChange.due_at, JobChange.delay).where(
         JobChange.batch_id == any_(these), JobChange.kind == int(JobChangeKind.RESCHEDULE)
@@ -209,19 +209,19 @@ async def write_whole(connection: AsyncConnection, change_id: int) -> int:
 async def write_part(connection: AsyncConnection, change_id: int) -> int | None:
     """Write some rows of a change. Return the sender if that was the end; else None.
 
-    Return 0 if another process is at it, or nothing is left to do.
+    Return 0 if another process is working on it, or nothing is left to do.
     """
     return (await _write_next(connection, change_id))[1]
 
 
 async def _write_next(connection: AsyncConnection, change_id: int) -> tuple[int, int | None]:
-    """Do the same. Return how many rows were written, too."""
+    """Do the same, and also return how many rows were written."""
     this = JobChange.id == change_id
     found = (await connection.execute(select(JobChange).where(this))).one_or_none()
     if found is None:
         return 0, 0
-    # Before the change and the rows, as everything that changes a batch and its jobs does. Marks,
-    # which lock the batch FOR SHARE, go on while jobs are retried.
+    # The batch is locked before the change and the rows, as in every change of a batch and its
+    # jobs. A lock FOR SHARE, for a retry, lets marks go on, which take the same lock.
     shared = found.kind == JobChangeKind.RETRY
     batch = select(Batch.id).where(Batch.id == found.batch_id)
     locked = batch.with_for_update(read=shared, key_share=not shared, skip_locked=True)
@@ -274,7 +274,7 @@ async def _write(connection: AsyncConnection, change: Any, ids: list[int]) -> in
             return await _reschedule(connection, change, these)
         case JobChangeKind.RETRY:
             done = await retry_named(connection, change.batch_id, these)
-            # A deleted sender, for example. Its failed jobs stay as they are.
+            # For example, the sender was deleted. Its failed jobs stay as they are.
             return done.jobs if done.sender_id else None
 
 

@@ -1,4 +1,4 @@
-"""Which jobs a call means, and what its filter implies."""
+"""The jobs that a call is about, and what its filter implies."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ JobPosition: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs are meant, and in which order. None means any."""
+    """Which jobs a call is about, and in which order. None means any."""
 
     user_id: str | None
     tree: Filter | None = None
     descending: bool = False
-    # In the order of due times, instead of acceptance: for waiting jobs of one sender.
+    # Whether the order is that of due times instead of acceptance. Only for waiting jobs of one
+    # sender.
     by_due_time: bool = False
 
     @property
@@ -87,7 +88,7 @@ class JobFilter:
 class FoundJobs:
     """Batch and id of the jobs that a walk found, and the position where the next one continues.
 
-    `reached` is None if there are no more, and if as many were found as were wanted.
+    `reached` is None if there are no more jobs, or if as many were found as were wanted.
     """
 
     found: Sequence[JobPosition]

@@ -1,9 +1,9 @@
 """Changes the jobs that match a filter, a part in each transaction.
 
 A part chooses some batches, locks them, and finds and stores by one statement which of their jobs
-are changed (`job_changes`). The few jobs of an address or an external id are found as a list finds
-them (`walking`). So the jobs belong to the same user as those of a list. The next part continues
-after the last job that was looked at.
+are changed (`job_changes`). The few jobs of an address or an external id are found in the way of a
+list (`walking`), so they belong to the same user. The next part continues after the last job that
+was looked at.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, r
 from outbox_server.shared.states import BatchState, JobChangeKind, JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
-# The number of rows that one part reads, in about 0.2 s, and of batches that it looks at.
+# The number of rows that one part reads, in about 0.2 s, and the number of batches that it looks
+# at.
 _ROWS_AT_ONCE: Final = 200_000
 _BATCHES_AT_ONCE: Final = 100
 _BATCHES_SEEN: Final = 5_000
 # The number of jobs that a list finds at once.
 _FOUND_AT_ONCE: Final = 5_000
-# The rows of so few jobs are written in the transaction that finds them.
+# The rows of at most this many jobs are written in the transaction that finds them.
 _WRITTEN_WITH_THE_CHANGE: Final = 5_000
-# Each batch takes a row lock to cancel.
+# The most batches that one part cancels, because each needs a row lock.
 _CANCELLED_BATCHES: Final = 1_000
 _WAITING: Final = FieldTest("state", "=", int(JobState.SCHEDULED))
 
@@ -113,7 +114,7 @@ class SetChange:
     new: NewTime | None = None
     # The default quotas of a user.
     quotas: UserQuotas | None = None
-    # Only these jobs. None means any.
+    # Change only these jobs. None means any.
     job_ids: Sequence[int] | None = None
 
     @property
@@ -124,7 +125,7 @@ class SetChange:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The rows that a part looks at: of some batches, and of them those in `place`."""
+    """The rows that a part looks at: those in `place`, of some batches."""
 
     batch_ids: Sequence[int]
     sender_ids: frozenset[int]
@@ -192,7 +193,8 @@ def _changeable(rows: _Rows, change: SetChange) -> Any:
     found: Any = select(Batch.id, Batch.user_id)
     found = found.where(these, Batch.state == BatchState.ACTIVE)
     if change.kind is JobChangeKind.RETRY:
-        # No mail of a deleted sender is sent again. The others have no batch with waiting jobs.
+        # No mail of a deleted sender is sent again. The other changes need no check: a deleted
+        # sender has no waiting jobs.
         sender = select(Sender.id).where(Sender.id == Batch.sender_id, Sender.deleted_at.is_(None))
         found = found.where(sender.correlate(Batch).exists())
     return found
@@ -206,7 +208,7 @@ async def _lock_active(connection: AsyncConnection, rows: _Rows, change: SetChan
         if owner is None:  # retention has removed the batches meanwhile
             return []
         await lock_user(connection, owner)
-    # Waits for the marks under way. In the order of ids, so that there are no deadlocks.
+    # Waits for marks in progress. Locked in the order of ids, so that there are no deadlocks.
     locked = _changeable(rows, change).order_by(Batch.id).with_for_update(key_share=True, of=Batch)
     return (await connection.execute(locked)).all()
 
@@ -218,10 +220,10 @@ async def _unwritten_before(
     rows: _Rows,
     kind: JobChangeKind,
 ) -> frozenset[int]:
-    """Return the senders of changes that must be written first; none if there are none.
+    """Return the senders whose earlier changes must be written first.
 
-    A sender may have a limited number of them. Jobs whose retry is stored are FAILED until it is
-    written: to change the waiting jobs would leave them out.
+    A sender may have a limited number of unwritten changes. And jobs whose retry is stored are
+    FAILED until it is written, so a change of the waiting jobs would leave them out.
     """
     if rows.batch_ids and not await job_changes.has_room(connection, rows.sender_ids):
         return rows.sender_ids
@@ -241,9 +243,10 @@ async def _waits_for_times(
     matching: Any,
     change: SetChange,
 ) -> bool:
-    """Return whether earlier calls have given jobs of the locked batches times to write first.
+    """Return whether new times of earlier calls must be written first to the locked batches.
 
-    Otherwise the earlier time could be written last, or the filter could compare an earlier one.
+    Otherwise an earlier call's time could be written last, or the filter could see an outdated
+    time.
     """
     if change.kind is JobChangeKind.RETRY:
         return False
@@ -257,7 +260,8 @@ async def _waits_for_times(
         return False
     if change.new is None or earlier != {change.new}:
         return True
-    # Parts of this call have the same time, and other jobs. A time twice is the same time.
+    # The unwritten time is that of this call: of other jobs or, with a fixed time, of the same
+    # ones.
     if not compares or change.new.at is not None:
         return False
     again = matching.where(is_being_changed(JobChangeKind.RESCHEDULE))
@@ -391,7 +395,7 @@ async def _matching(
 ) -> Any:
     """Return the statement that reads the jobs that match, of batches that are locked."""
     these = any_(literal(batch_ids, ARRAY(BigInteger)))
-    # The earlier parts of this change are not among them.
+    # Jobs of the earlier parts of this change are left out.
     blocks = select(JobChangeBlock.block).where(
         JobChangeBlock.change_id == JobChange.id,
         JobChangeBlock.block >= (rows.after_id + 1) >> BLOCK_BITS,
@@ -424,11 +428,12 @@ async def cancel_batches_part(
 ) -> ChangedJobs:
     """Cancel some batches with open jobs that match, as `cancel_batch` does.
 
-    A job in flight is not waiting, but after a failed attempt it would be tried again. Count the
-    waiting jobs; with `count_only`, do nothing else.
+    Batches whose open jobs are all in flight are cancelled too, so that failed attempts are not
+    tried again. The result counts the waiting jobs. With `count_only`, nothing is changed.
     """
     after = await skip_older(connection, which, after)
-    # Failed jobs whose retry is stored would wait again.
+    # Failed jobs whose retry is stored would wait again, so batches with such jobs are cancelled
+    # too.
     waits = has_counted({JobState.SCHEDULED}) | job_changes.is_retried()
     found = await search(
         connection,
@@ -442,7 +447,7 @@ async def cancel_batches_part(
     ids = [row.id for row in found.rows]
     last = ids[-1] if len(ids) == _CANCELLED_BATCHES else found.reached
     reached = None if last is None else which.after_batch(last)
-    # Locked in the order of ids: two cancellations never wait for one another.
+    # Locked in the order of ids, so that two cancellations cannot deadlock.
     these = Batch.id == any_(literal(ids, ARRAY(BigInteger)))
     locked = select(Batch.id).where(these, Batch.state == BatchState.ACTIVE).order_by(Batch.id)
     if not count_only:

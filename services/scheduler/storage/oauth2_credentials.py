@@ -59,7 +59,7 @@ async def request_new_token(connection: AsyncConnection, sender_id: int) -> None
             retry_at=None,
             error=None,
             refused=False,
-            # NULL where there is no token.
+            # The expiry is NULL if there is no token.
             refresh_at=case((Row.access_token.is_not(None), func.clock_timestamp())),
         )
     )

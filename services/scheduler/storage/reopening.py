@@ -48,7 +48,7 @@ async def retry_named(
 ) -> ReopenedJobs:
     """Move the failed ones of some jobs of a batch back to SCHEDULED.
 
-    None is moved if the batch is cancelled or its sender deleted.
+    No job is moved if the batch is cancelled or its sender deleted.
     """
     sender_id = await lock_sendable(connection, batch_id)
     if sender_id is None:
@@ -140,7 +140,7 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState) -> Any:
     )
     again = {
         "scheduled_at": now,
-        # Counts from now, which is the new due time.
+        # The expiry counts from now, which is the new due time.
         "expires_at": now + expire_after * cast("1 millisecond", INTERVAL),
         "failures": 0,
         "deferred_since": null(),
@@ -153,7 +153,8 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState) -> Any:
         .returning(EmailJob.id, EmailJob.sender_id, EmailJob.batch_id, picked.c.finished_at)
         .cte("moved")
     )
-    # Subtracted from the hour in which the jobs ended, so that a recount by hours gives the same.
+    # The jobs are subtracted from the hour in which they ended, so that a recount by hours gives
+    # the same.
     hour = func.date_trunc("hour", moved.c.finished_at)
     groups = (
         select(

@@ -76,11 +76,11 @@ async def respread_part(
 ) -> int | None:
     """Give the next jobs their times. Return the sender if that was the end; else None.
 
-    Return 0 if another process is at it, or nothing is left to do. Failed jobs whose retry is
-    stored are waited for: they get new times, too.
+    Return 0 if another process is working on it, or nothing is left to do. Failed jobs whose retry
+    is stored are waited for: they get new times, too.
     """
     this = BatchRespread.batch_id == batch_id
-    # Before the rows, as every change of a batch and its jobs does.
+    # The batch is locked before the rows, as in every change of a batch and its jobs.
     batch = select(Batch.id).where(Batch.id == batch_id)
     locked = await connection.scalar(batch.with_for_update(key_share=True, skip_locked=True))
     work = (

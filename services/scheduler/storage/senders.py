@@ -82,7 +82,8 @@ class SenderRecord:
     max_in_flight: int
     sending_hours: SendingHours | None
     state: SenderState
-    # When the pause ends by itself. None: it is not paused, or only a call ends the pause.
+    # When the pause ends by itself. None means that it is not paused, or that only a call ends the
+    # pause.
     paused_until: datetime | None
     created_at: datetime
     updated_at: datetime
@@ -112,7 +113,7 @@ _COLUMNS: Final = (
     Sender.updated_at,
     Sender.revision,
 )
-# Without the only large column.
+# All columns except the only large one.
 _LISTED: Final = (*_COLUMNS, literal(None, Text).label("smtp_ca"))
 _ALL: Final = (*_COLUMNS, Sender.smtp_ca)
 # A new sender has no credentials yet. In the RETURNING of an INSERT, a subquery is not correlated:
@@ -347,7 +348,7 @@ async def set_state(
     sender_id = sender.sender_id
     ended = None
     if state is SenderState.ACTIVE:
-        # Before the next probe, because the provider may accept now what it refused before.
+        # The cooldown ends before its next probe, because the provider may accept mail again.
         await request_new_token(connection, sender_id)
         ended = await _end_cooldown(connection, sender_id)
     if sender.state == state and sender.paused_until == until and ended is None:

@@ -32,7 +32,8 @@ from outbox_server.shared.states import JobState
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-# If a user has more jobs to one address, or senders, the jobs are found by the batches instead.
+# If a user has more jobs to one address, or more senders, the jobs are found by the batches
+# instead.
 _MOST_TO_ADDRESS: Final = 2_000
 _MOST_SENDERS: Final = 10_000
 _LATEST: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
@@ -62,7 +63,7 @@ async def walk_address(
 async def walk_in_flight(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, limit: int
 ) -> FoundJobs:
-    """Find jobs that are being sent. Those of the whole installation are few."""
+    """Find jobs that are being sent, which are few in the whole installation."""
     sending = select(EmailJob.id).where(in_state(JobState.SENDING))
     return await _few(connection, which, sending, after, limit)
 
@@ -70,7 +71,7 @@ async def walk_in_flight(
 async def walk_external_id(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, limit: int, rows: int
 ) -> FoundJobs:
-    """Find jobs of the user with one external id, reading at most `rows`: ids may be repeated."""
+    """Find jobs of the user with one external id, which may repeat: read at most `rows` rows."""
     place = (EmailJob.batch_id, EmailJob.id)
     named = has_external_id(which.user_id or "", which.only("external_id"))
     # A scalar subquery, not EXISTS: the planner could begin with all batches of the user.

@@ -1,8 +1,8 @@
 """Ends the waiting jobs of a user to suppressed addresses, some in each transaction.
 
 The rows of jobs have triggers that hold a lock of the events, so that a long transaction would
-delay all readers of events. Between two parts, no job that is left is sent: a dispatcher looks for
-suppressions before each attempt.
+delay all readers of events. Jobs that are left between two parts are not sent, because a dispatcher
+looks for suppressions before each attempt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from outbox_server.shared.database.models import Batch, EmailJob
 from outbox_server.shared.database.ownership import bind_call, owned_by
 from outbox_server.shared.states import JobState
 
-# More jobs to one address are found by the batches of the user instead: most may not be waiting.
+# If there are more jobs to one address, they are found by the batches of the user instead: most of
+# them may not be waiting.
 MOST_BY_INDEX: Final = 2_000
 _WAITING: Final = FieldTest("state", "=", int(JobState.SCHEDULED))
 _START: Final[JobPosition] = (0, 0)
@@ -82,7 +83,7 @@ def to_address(user_id: str, address: str) -> ByAddress:
 async def waiting_to(
     connection: AsyncConnection, user_id: str, conditions: Sequence[ByAddress]
 ) -> WaitingJobs:
-    """Return what has to be ended of the jobs that match one of the conditions."""
+    """Return which of the jobs that match one of the conditions have to be ended."""
     few: list[ColumnElement[bool]] = []
     many: ColumnElement[bool] | None = None
     bind_call(user_id)

@@ -28,9 +28,9 @@ from outbox_server.shared.quotas.storage import check_suppressions
 from outbox_server.shared.states import JobState, SuppressionForm
 from outbox_server.shared.user_quotas import UserQuotas
 
-# An address to which the user has more jobs is not looked for by its index: most may not wait.
+# If the user has more jobs to an address, its index is not used: most of them may not be waiting.
 _MOST_OF_ADDRESS: Final = 200
-# The index is asked for each address and sender.
+# The index is used for each pair of address and sender.
 _MOST_LOOKUPS: Final = 200_000
 
 
@@ -49,7 +49,7 @@ async def suppress_all(
     keys = {address: keys_of(address) for address in reasons}
     erased = await has_erased(connection, user_id)
     known = await suppressed_among(connection, user_id, keys, erased=erased)
-    # Two spellings of one address have one key.
+    # Different spellings of one address have the same key.
     new = {keys[each][0]: each for each in reversed([*reasons]) if each not in known}
     folded = {both[1]: "" for each in new.values() if (both := keys[each])[0] != both[1]}
     if new:
@@ -98,7 +98,7 @@ def _texts(texts: Sequence[str]) -> Any:
 
 
 def _rows(reasons: Mapping[str, str]) -> Select[Any]:
-    # Sorted, so that no two transactions wait for one another.
+    # Sorted, so that two transactions cannot deadlock.
     addresses = sorted(reasons)
     given = (
         func.unnest(

@@ -78,7 +78,8 @@ async def lock_suppressions(
 
     A new suppression takes an exclusive lock, and then ends the waiting jobs that it can see, most
     of them in later transactions, without the lock. An intake takes a shared lock right before its
-    commit, and then searches for suppressions that it has missed. So one of the two sees the other.
+    commit, and then searches for suppressions that it has missed. So at least one of the two sees
+    the other.
     """
     lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
     await connection.execute(select(lock(*suppression_lock(literal(owner_of(user_id))))))
@@ -257,7 +258,7 @@ async def delete_suppression(connection: AsyncConnection, user_id: str, address:
         which |= _of_older_release(user_id, address)
     statements: list[Any] = [delete(Suppression).where(which)]
     if exact != folded:
-        # The suppression of an older release may be meant for the other address, which it has.
+        # A suppression of an older release may be meant for the other address, so it stays.
         statements.append(
             update(Suppression)
             .where(_of_older_release(user_id, address))

@@ -74,7 +74,7 @@ async def longest_row(connection: AsyncConnection, batch_id: int) -> int:
 
 
 async def count_unsent(connection: AsyncConnection, batch_id: int, most: int) -> int:
-    """Return how many rows may still be sent, at most `most`."""
+    """Return how many rows may still be sent; stop counting at `most`."""
     rows = select(EmailJob.id).where(EmailJob.batch_id == batch_id, _UNSENT).limit(most).subquery()
     return int(await connection.scalar(select(func.count()).select_from(rows)) or 0)
 

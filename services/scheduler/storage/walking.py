@@ -63,15 +63,15 @@ from outbox_server.shared.states import JobState
 
 # The number of rows that one walk reads, in about 10 ms.
 ROWS_READ: Final = 5_000
-# The number of batches that one walk looks at, and that it reads jobs of at once.
+# The number of batches that one walk looks at, and whose jobs it reads at once.
 _BATCHES_SEEN: Final = 2_000
 _BATCHES_AT_ONCE: Final = 200
 _BATCHES_AT_FIRST: Final = 25
 # The first group of batches has at least this many rows.
 _FIRST_ROWS: Final = 200
-# Each further group has this many times as many.
+# Each further group has this many times as many rows.
 _GROWTH: Final = 5
-# These have an index of their own, which is almost empty.
+# Jobs in these states have an index of their own, which is almost empty.
 TROUBLE: Final = frozenset({JobState.FAILED, JobState.UNCERTAIN})
 
 
@@ -114,9 +114,9 @@ async def walk_batches(
     after: JobPosition,
     limit: int,
 ) -> FoundJobs:
-    """Return jobs as `walk_jobs` does, always by the batches, and reads about `limit` rows.
+    """Return jobs as `walk_jobs` does, but always by the batches, reading about `limit` rows.
 
-    `matches` must be true, too.
+    `matches` is a further condition on the jobs.
     """
     return await _JobWalk(connection, which, limit, limit, matches).run(after)
 
@@ -330,7 +330,8 @@ class _JobWalk:
             select(part.c.batch_id, part.c.id)
             .select_from(batches)
             .join(part, true())
-            # Named by the batches: their index gives the order, so the read ends early.
+            # The jobs are found by the batches, whose index has the order of the result, so the
+            # read ends early.
             .order_by(*which.ordered(batches.c.id, part.c.id))
             .limit(left)
         )

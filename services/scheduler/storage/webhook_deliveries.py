@@ -136,7 +136,7 @@ async def redeliver(connection: AsyncConnection, webhook_id: int, delivery_id: i
 async def remove_old_deliveries(
     connection: AsyncConnection, older_than: timedelta, limit: int
 ) -> int:
-    """Remove failed deliveries whose events are removed. Return how many that were."""
+    """Remove failed deliveries whose events are removed. Return how many were removed."""
     old = (
         select(WebhookDeliveryRow.id)
         .where(WebhookDeliveryRow.created_at < func.now() - literal(older_than, INTERVAL))
@@ -158,7 +158,7 @@ class WaitingWebhook:
     user_id: str
     # Since when it may be worked on.
     next_at: datetime
-    # Whether there is something, or it was only looked at.
+    # Whether there is something to post.
     has_work: bool
 
 
@@ -176,7 +176,7 @@ async def find_work(
     connection: AsyncConnection, after: int, horizon: int, limit: int
 ) -> Sequence[WaitingWebhook]:
     """Return the first webhooks after an id, and whether each has something to post."""
-    # Not EXISTS, which has no order, and so may read the events of all users.
+    # This is not EXISTS, which has no order and may therefore read the events of all users.
     event = (
         select(JobEvent.id)
         .where(*between(WebhookRow.user_id, WebhookRow.after_event, literal(horizon, BigInteger)))
@@ -318,7 +318,7 @@ async def fail_delivery(
     http_status: int | None,
     error: str,
 ) -> None:
-    """Record another failed try. Without a `wait`, the delivery is given up."""
+    """Record another failed try. If `wait` is None, the delivery is given up."""
     at = None if wait is None else func.statement_timestamp() + literal(wait, INTERVAL)
     await connection.execute(
         update(WebhookDeliveryRow)
