@@ -1,7 +1,7 @@
 """Says in our own words why a text is not an e-mail address.
 
-`email_validator` decides whether it is one. Its texts are not shown: they are not in the words of
-our interface, and they change with its releases.
+`email_validator` decides whether it is one. Its texts are not shown, because they do not use the
+words of our interface and change between its releases.
 """
 
 from __future__ import annotations

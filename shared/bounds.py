@@ -19,10 +19,11 @@ MAX_CSV_BYTES: Final = 4 * MIB
 MAX_CHUNK_BYTES: Final = 4 * MIB
 # Number of rejections in a response, and in the error of a refused batch.
 MAX_SHOWN_REJECTIONS: Final = 100
-# Number of rejections in the response to a call that only checks: no other method returns them.
+# Number of rejections in the response to a call that only checks. It is larger because no other
+# method can return them.
 MAX_CHECKED_REJECTIONS: Final = 1_000
-# Number of rows of a preview, and the size of all mails in a response. Clients accept 4 MiB unless
-# told otherwise, and bytes are longer by a third in JSON.
+# Number of rows of a preview, and the size of all mails in a response. Clients accept 4 MiB by
+# default, and bytes are a third longer in JSON.
 MAX_PREVIEWED_ROWS: Final = 20
 MAX_SHOWN_MAIL_BYTES: Final = 3 * MIB - 64 * 1024
 MAX_SPACING: Final = timedelta(days=7)
@@ -49,10 +50,10 @@ DEFAULT_MAX_IN_FLIGHT: Final = 5
 # Number of jobs that one RetryEmailJobs may name.
 MAX_RETRIED_IDS: Final = 1_000
 MAX_PORT: Final = 65_535
-# Of a filter: how deep parentheses and NOT may be nested, and the number of its comparisons.
+# How deep parentheses and NOT may be nested in a filter, and the number of its comparisons.
 MAX_FILTER_DEPTH: Final = 10
 MAX_FILTER_TERMS: Final = 50
-# For the private CAs of an endpoint, and for OUTBOX_SMTP_CA.
+# Size of the private CAs of an endpoint, and of OUTBOX_SMTP_CA.
 MAX_CA_BYTES: Final = 64 * 1024
 MAX_CA_CERTIFICATES: Final = 50
 
@@ -66,8 +67,8 @@ MAX_IMPORTED_ROWS: Final = 10_000
 MAX_ROWS: Final = 1_000_000
 # Number of structured rows times the number of columns that the templates use.
 MAX_ROW_VALUES: Final = 10_000_000
-# Of a CSV, and of a structured row. The time to normalise a name grows with the square of its
-# length.
+# Columns of a CSV or a structured row, and the length of their names. The time to normalise a name
+# grows with the square of its length.
 MAX_COLUMNS: Final = 1_000
 MAX_COLUMN_NAME: Final = 256
 MAX_HEADER: Final = 256 * 1024

@@ -30,7 +30,7 @@ _WEIGHT: Final = 0.1
 # How long the keys of a slow round get rounds of their own, and the most keys that do.
 _ALONE_S: Final = 30.0
 _MOST_ALONE: Final = 10_000
-# The most such rounds at a time: each holds a connection.
+# The most such rounds at a time. Each holds a connection.
 _MOST_ALONE_ROUNDS: Final = 3
 
 _log = structlog.get_logger(__name__)
@@ -73,7 +73,7 @@ class Coalesced(Generic[T]):
             await asyncio.wait(self._tasks)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        # Without a call's context: a round belongs to many calls.
+        # The task has an empty context, because a round belongs to many calls.
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -98,7 +98,7 @@ class Coalesced(Generic[T]):
         finally:
             self._busy.discard(key)
             if self._waiting:
-                # Among them may be this key, which is not alone any more.
+                # They may include this key, which is not alone any more.
                 self._begin_alone()
                 self._begin_shared()
 
@@ -114,7 +114,8 @@ class Coalesced(Generic[T]):
             self._shared = None
 
     async def _round(self, keys: Sequence[int], *, shared: bool = False) -> None:
-        # Taken out before the work begins: a later caller may have committed too late for it.
+        # The key is removed before the work begins, because the work may miss what a later caller
+        # committed.
         results = {each: self._waiting.pop(each) for each in keys if each in self._waiting}
         if not results:
             return

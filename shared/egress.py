@@ -119,7 +119,7 @@ class Egress:
         return any(reached in network for network in self._networks) or _is_public(reached)
 
     def lists(self, host: str) -> bool:
-        """Return whether the list names `host`, or has a network with it if it is an address."""
+        """Return whether the list has `host`: as a name or, if it is an address, in a network."""
         if _folded(host) in self._hosts:
             return True
         try:
@@ -131,7 +131,7 @@ class Egress:
     async def connect(self, host: str, port: int, *, user: str) -> socket.socket:
         """Return a socket that is connected to a permitted address of `host`.
 
-        `user` chose the host. The connecting has no time limit of its own.
+        `user` chose the host. The call itself has no time limit.
 
         Raises:
             EgressRefused: the port, or each of the host's addresses, is not permitted.
@@ -176,7 +176,7 @@ class Egress:
 def reason_of(error: BaseException | None) -> str:
     """Return why a connection failed.
 
-    The address that an operating system's text has is left out, and so is OpenSSL's notation.
+    The address in the operating system's text and OpenSSL's notation are left out.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"

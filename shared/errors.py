@@ -103,7 +103,7 @@ class Violations:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, InvalidInput):
             return False
-        # Without the frames that it passed: they have the message, and this object.
+        # The error loses its frames, which refer to the request and to this object.
         self._found.append(error.with_traceback(None))
         return True
 

@@ -27,7 +27,7 @@ _RETRY_AFTER: Final = timedelta(seconds=2)
 # A user alone leaves one place in four free. One place in sixteen is reserved for operators.
 _RESERVE: Final = 4
 _OPERATORS: Final = 16
-# With fewer places than this, none is reserved for operators. They always come first in the line.
+# With fewer places than this, none is reserved for operators. Operators are always first in line.
 _FEW: Final = 8
 _MAX_NAME: Final = 128
 
@@ -95,7 +95,7 @@ class FairShares:
         return sum(map(len, self._waiters.values()))
 
     def try_take(self, claimant: Claimant) -> bool:
-        """Take a place if the claimant may have one more at this moment, and return whether."""
+        """Take a place if the claimant may have one more now. Return whether it did."""
         if claimant in self._waiters or not self._admits(claimant):
             return False
         self._take(claimant)
@@ -151,7 +151,8 @@ class FairShares:
             room = self._line.admit(len(own), self._line.capacity)
         if not room:
             waiting = len(own) if own else self.waiting
-            # Someone without a place in the line would get one, so the limit is the share of it.
+            # A claimant that does not wait yet would get a place in the line, so the limit is the
+            # share of the line.
             has_line = self._line.capacity > 0
             own_share = self._line.admit(0, self._line.capacity) if has_line else None
             raise self._refusal(claimant, f"and {waiting} wait", own_share=own_share)
@@ -196,7 +197,7 @@ class FairShares:
             # Move it to the end, so that users with equally many places take turns.
             self._waiters[chosen] = line
             self._left_line(chosen)
-            # A cancelled wait that has not run yet counts as left.
+            # A wait that was cancelled, and whose task has not run since, counts as ended.
             if not future.done():
                 self._take(chosen)
                 future.set_result(None)
@@ -209,7 +210,7 @@ class FairShares:
         None means that the places decide it, and not the waiting line.
         """
         if own_share is None:
-            # A user without places would get one, so this user's own share is the limit.
+            # A claimant without places would get one, so the limit is this claimant's own share.
             own_share = self._places.admit(0, self._capacity - self._total)
         own = own_share and not claimant.privileged
         current = self._held[claimant] if own else self._total

@@ -15,8 +15,8 @@ from typing import Final
 # An id has 63 bits: 42 of the Unix time in ms, which last until 2109, and 21 at random. So one
 # second has 2,147,483,648 ids.
 _RANDOM_BITS: Final = 21
-# 2026-01-01. All ids are above it, with 19 digits, even if the clock is wrong. So they differ from
-# the ids of the sequences that older releases use, and sort equally as text and as numbers.
+# 2026-01-01. Even if the clock is wrong, all ids are above this, and have 19 digits. So they differ
+# from the ids of the sequences that older releases use, and sort equally as text and as numbers.
 _EARLIEST_MS: Final = 1_767_225_600_000
 # How often ids that turn out to be in use are replaced by others, before that is an error.
 ID_TRIES: Final = 5

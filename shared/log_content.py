@@ -23,7 +23,7 @@ _MOST_ERRORS: Final = 20
 def hide_server_texts(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Leave out the fields that have a text of a mail server."""
+    """Remove the fields that have a text of a mail server."""
     for name in _QUOTING_FIELDS:
         event.pop(name, None)
     return event

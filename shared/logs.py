@@ -1,8 +1,8 @@
 """Logging to stderr without secrets and mail: a JSON document per line, or text for people.
 
 A line has `job_id`, `batch_id`, `request_id` and `trace_id` where they are known: the task that
-works for the job or the call binds them by `structlog.contextvars`. A send has no task: its lines
-name them.
+works for the job or the call binds them by `structlog.contextvars`. A send has no task, so its log
+lines are given the ids.
 """
 
 from __future__ import annotations

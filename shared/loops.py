@@ -90,7 +90,7 @@ class Loop:
 
     def _failed(self, error: Exception) -> timedelta:
         self._failures += 1
-        # Once per outage: the next steps most likely fail for the same reason.
+        # Logged once per outage, because the next steps most likely fail for the same reason.
         if self._failures == 1:
             trace = error if self._trace and not isinstance(error, self._expected) else None
             _log.warning(f"{self._name} failed", error=type(error).__name__, exc_info=trace)
@@ -121,5 +121,5 @@ def raise_if_cancelled() -> None:
 
 
 async def as_coroutine(part: Callable[[], Awaitable[object]]) -> None:
-    """Await the result of `part`, for a task: some functions return another kind of awaitable."""
+    """Await the result of `part`. Tasks need a coroutine, and `part` may return any awaitable."""
     await part()

@@ -101,7 +101,7 @@ def check_header(name: str, value: str) -> None:
 
 
 def check_headers(headers: Sequence[tuple[str, str]]) -> None:
-    """Check the headers of one mail together, by their names and values without empty ones.
+    """Check the headers of one mail together. Headers with empty values are left out.
 
     Raises:
         BadHeader: List-Unsubscribe-Post lacks its List-Unsubscribe.

@@ -1,6 +1,6 @@
 """Computes the sizes of texts in a mail before they are encoded. Pure.
 
-Each size is exact or a lower bound, so a mail that exceeds a limit by it is certainly too large.
+Each size is exact or a lower bound, so a mail whose size exceeds a limit is certainly too large.
 """
 
 from __future__ import annotations

@@ -27,15 +27,16 @@ import pycares
 LIMIT: Final = timedelta(seconds=5)
 # The look-ups of one user at a time. Further ones wait for look-ups of the same user only.
 AT_ONCE_PER_USER: Final = 8
-# How many addresses of a name are used. A name may have thousands, and each could be tried.
+# How many addresses of a name are used. A name may have thousands, all of which could be tried.
 MAX_ADDRESSES: Final = 16
 _RESOLV_CONF: Final = Path("/etc/resolv.conf")
 # The wait for the first reply, before c-ares knows how fast the servers are, and the number of
 # tries. Each try waits twice as long as the one before it.
 _FIRST_WAIT_S: Final = 2.0
 _TRIES: Final = 5
-# The look-ups of one channel, which is then replaced. c-ares caches any number of answers, and
-# pycares cannot turn that off, so a user with many large answers could fill the memory.
+# The number of look-ups of one channel, which is then replaced. c-ares caches any number of
+# answers, and pycares cannot turn that off, so a user with many large answers could fill the
+# memory.
 _LOOK_UPS_PER_CHANNEL: Final = 64
 # Errors that say that the name has no address. All others may be temporary.
 _NO_SUCH_NAME: Final = (pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA)

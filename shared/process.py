@@ -37,10 +37,10 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     if not structlog.is_configured():
         # By default structlog writes to stdout, and traces contain the locals of every frame.
         configure_logging(Settings.model_construct())
-    # The imported modules are never garbage. Each full collection that examined them would stop the
-    # event loop for 0.1 s.
+    # Imported modules are never garbage, and a full collection that examines them stops the event
+    # loop for 0.1 s.
     gc.freeze()
-    # A process may import its modules without collections.
+    # `services.starting` turns collections off while it imports modules.
     gc.enable()
     code = EXIT_OK
     try:

@@ -8,7 +8,7 @@ from typing import Final
 
 # Characters of a text that are kept. Texts that are shown to people are shorter.
 MAX_TEXT: Final = 600
-# Servers that quote a long secret often cut it. So every part of a secret with this length is
+# Servers that quote a long secret often cut it. So every part of a secret that has this length is
 # hidden.
 _PART: Final = 12
 # Every reply to a mail is searched, so words without a part of a secret are skipped quickly. Any 12
@@ -31,7 +31,7 @@ def redact(text: str, secrets: Iterable[str], mark: str = "[secret]") -> str:
         if len(secret) >= _LEAST_SECRET:
             _find(cut, secret, hidden)
     shown = _marked(cut, hidden, mark) if any(hidden) else cut
-    # A cut text may end with a part of a secret that is too short to be recognised.
+    # The end of a cut text may be a part of a secret that is too short to be recognised.
     return shown if len(text) <= MAX_TEXT else shown[: 1 - _PART]
 
 

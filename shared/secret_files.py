@@ -1,7 +1,7 @@
 """Reads secret settings from files: OUTBOX_DATABASE_URL_FILE names the file of OUTBOX_DATABASE_URL.
 
-Container platforms mount secrets as files. A variable is visible to more: to every child process,
-and to everyone who may look at the definition of a pod.
+Container platforms mount secrets as files. A variable is visible to every child process, and to
+everyone who may read the definition of a pod.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from outbox_server.shared.errors import ConfigurationError
 
 SECRET_SETTINGS: Final = ("api_key", "database_url", "encryption_keys", "redis_url", "smtp_url")
-# A URL or a list of keys takes a few hundred bytes; a larger file is not the one that was meant.
+# A URL or a list of keys takes a few hundred bytes. A larger file is probably the wrong one.
 MAX_SECRET_BYTES: Final = 65_536
 
 
@@ -67,7 +67,7 @@ class SecretFiles(PydanticBaseSettingsSource):
 
 def _read(variable: str, path: str) -> str:
     try:
-        # Not blocking: a pipe without a writer would hold the start up for ever.
+        # Opened without blocking, because a pipe without a writer would delay the start for ever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             content = file.read(MAX_SECRET_BYTES + 1) or b""
         text = content.decode("utf-8").rstrip("\r\n")

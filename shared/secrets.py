@@ -47,8 +47,8 @@ class SecretBox:
     def derive_key(self, purpose: bytes) -> bytes:
         """Return a key for keyed hashes, 32 bytes; empty without encryption keys.
 
-        It is derived from the oldest key. So adding a key changes nothing; the removal of the
-        oldest key changes what is derived from it.
+        It is derived from the oldest key. So the derived key does not change when a key is added,
+        but when the oldest key is removed.
         """
         return self._oldest and blake2b(purpose, key=self._oldest, digest_size=32).digest()
 

@@ -2,7 +2,8 @@
 
 A limit is implemented in four places: the Lua scripts apply it (`look.lua`), the forecast predicts
 it (`simulation.py`), the audit checks it afterwards (`audit/replay.py`), and the tests have a model
-of the scripts (`queue_model.py`). A fifth, `explaining.py`, names it to callers as a WaitReason.
+of the scripts (`queue_model.py`). A fifth place, `explaining.py`, reports it to callers as a
+WaitReason.
 
 Each place marks the code of a limit with its name, such as `Limit.GAP`, or says why it does not
 implement it: `Without Limit.CIRCUIT: ...`. `tests/unit/test_sender_limits.py` fails if a place does

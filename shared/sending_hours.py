@@ -55,7 +55,7 @@ class SendingHours:
         return None
 
     def closes(self, at: int) -> int:
-        """Return when the opening that contains `at` ends, as far as the searched days show."""
+        """Return when the opening that contains `at` ends, within the days that are searched."""
         until = at
         for begins, ends in self._openings(at):
             if begins > until:

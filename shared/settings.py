@@ -106,7 +106,8 @@ RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 class Settings(BaseSettings):
     """The settings of the operator. Durations are written as `250ms`, `2s`, `1h`."""
 
-    # Not `.env`: who can write to the current folder could redirect calls, and read the API key.
+    # `.env` is not read: whoever can write to the current folder could redirect calls and read the
+    # API key.
     model_config = SettingsConfigDict(env_prefix="OUTBOX_", extra="ignore", frozen=True)
 
     database_url: DatabaseUrl = Field(
@@ -494,7 +495,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return where values come from, the strongest first."""
+        """Return the sources of values; earlier ones take precedence."""
         del file_secret_settings
         overrides = cast(InitSettingsSource, init_settings).init_kwargs
         files = SecretFiles(settings_cls, overrides, env_settings, dotenv_settings)
@@ -506,7 +507,7 @@ class Settings(BaseSettings):
         cls, value: timedelta | None, info: ValidationInfo
     ) -> timedelta | None:
         """Refuse a retention that removes sends which a limit may still have to count."""
-        # A setting that is wrong itself is missing here.
+        # Settings with wrong values are missing here.
         check_retention(
             value, info.data.get("rate_window", _ZERO), info.data.get("quota_day", _ZERO)
         )
@@ -548,7 +549,7 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigurationError("; ".join(lines)) from None
 
 
-# By the library's kinds of error.
+# Our texts by the library's kinds of error.
 _WRONG = {
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",

@@ -33,7 +33,7 @@ class PermittedPorts:
         self._ports = frozenset(map(int, words))
 
     def refusal(self, port: int) -> str:
-        """Return why a port is refused. Empty: it is permitted."""
+        """Return why a port is refused; an empty text if it is permitted."""
         if self._ports is None or port in self._ports:
             return ""
         *others, last = map(str, sorted(self._ports))

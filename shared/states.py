@@ -59,10 +59,10 @@ class JobState(IntEnum):
 
 
 def requested_states(numbers: Iterable[int], field: str) -> frozenset[JobState]:
-    """Return the states of a request's list. One that is unset is left out.
+    """Return the states of a request's list. Unset values are left out.
 
     Raises:
-        InvalidInput: some have a number that no state has; the error names each.
+        InvalidInput: some numbers belong to no state; the error names each of them.
     """
     wrong = Violations()
     states: set[JobState] = set()
@@ -151,7 +151,8 @@ class SuppressionForm(IntEnum):
 
     # The address itself, in lower case.
     EXACT = 1
-    # Nothing. It lets processes of older releases find an EXACT one, which they compare folded.
+    # No address. Processes of older releases, which compare by case folding, find an EXACT
+    # suppression by it.
     FOR_OLDER_RELEASES = 2
 
 
@@ -165,7 +166,7 @@ class AttemptOutcome(IntEnum):
     PERMANENT_FAILURE = 3
     # Refused, time-out, TLS, 421, AUTH: a failure of the endpoint, not of the mail.
     CONNECTION_FAILURE = 4
-    # The connection died between the end of the body and the reply.
+    # The connection ended between the end of the body and the reply.
     IN_DOUBT = 5
     # The dispatcher died, or its lease expired, before it recorded an outcome.
     LEASE_EXPIRED = 6

@@ -1,7 +1,7 @@
-"""Says in a few words why a store does not serve, from the error of its driver.
+"""Describes in a few words why a store does not serve, by the error of its driver.
 
-The words are fixed and name no host, so that the health port may show them to anybody. The driver's
-own text is for the log.
+The words are fixed and contain no host, so the health port may show them to anybody. The driver's
+own text goes to the log.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _IN_SCRIPTS: Final = {
     # A key of the script is on another node, as the slot is being moved.
     "non local key": MOVING,
     "acl failure": "permission denied",
-    # Of Redis 6.2.
+    # The text of Redis 6.2.
     "executing the script can't": "permission denied",
     # The server has renamed it.
     "unknown redis command": "command disabled",
@@ -114,7 +114,7 @@ def refusal_of(error: BaseException) -> str | None:
     """Return the first word of a refusal by Redis, such as READONLY; None for another error."""
     if not isinstance(error, redis_errors.RedisError):
         return None
-    # redis-py keeps the first word of some replies here alone.
+    # For some replies, redis-py keeps the first word only here.
     word = getattr(error, "status_code", None)
     if word in _REPLIES:
         return str(word)
@@ -135,7 +135,7 @@ def trouble_of(error: BaseException) -> StoreTrouble:
 
 
 def _of_ours(error: OutboxError) -> str:
-    # Not the class, which is in the module that runs the checks.
+    # The class is not imported here, because it is in the module that runs the checks.
     if error.reason == "SCHEMA_OLDER":
         return "schema older than this release: run `outbox migrate`"
     if error.reason == "LIFE_SUPERSEDED":

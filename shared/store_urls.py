@@ -1,4 +1,4 @@
-"""The form of the URLs of both stores, checked without their drivers; and the URLs without secrets.
+"""Checks the form of the URLs of both stores without their drivers, and shows them without secrets.
 
 No text of this module contains a part of a URL that may be a secret.
 """
@@ -29,7 +29,7 @@ _ENCODE: Final = "write special characters of user and password as %XX"
 
 
 def check_database_url(url: str) -> str:
-    """Return a URL that has the form of libpq's.
+    """Return the URL if it has the form of libpq's URLs.
 
     Raises:
         ValueError: it does not; the text says what is wrong, without the URL.
@@ -39,7 +39,7 @@ def check_database_url(url: str) -> str:
 
 
 def check_redis_url(url: str) -> str:
-    """Return a URL that has the form of redis-py's, or of one for Sentinel or a cluster.
+    """Return the URL if it has the form of redis-py's URLs, or of one for Sentinel or a cluster.
 
     Raises:
         ValueError: it does not; the text says what is wrong, without the URL.

@@ -1,4 +1,4 @@
-"""Which server certificates are trusted: those signed by the machine's CAs or by private CAs."""
+"""Decides which server certificates to trust: those signed by the machine's or by private CAs."""
 
 from __future__ import annotations
 

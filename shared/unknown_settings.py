@@ -1,4 +1,4 @@
-"""Finds variables that look like settings and are none, such as OUTBOX_SHARD."""
+"""Finds environment variables that look like settings but are not, such as OUTBOX_SHARD."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from outbox_server.shared.secret_files import SECRET_SETTINGS
 from outbox_server.shared.settings import Settings
 
 _PREFIX: Final = "OUTBOX_"
-# Those of the project's own tests, and those that Kubernetes sets for a service whose name begins
-# with "outbox".
+# Variables of the project's own tests, and those that Kubernetes sets for a service whose name
+# begins with "outbox".
 _OTHERS: Final = re.compile(
     r"OUTBOX_TEST_.*|.*_SERVICE_(HOST|PORT(_.*)?)|.*_PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?"
 )
@@ -29,7 +29,7 @@ def unknown_settings(names: Iterable[str]) -> list[str]:
 
 
 def _warning(name: str, known: Iterable[str]) -> str:
-    # Without the prefix, which all have in common.
+    # Compared without the prefix, which all names have in common.
     words = [each.removeprefix(_PREFIX) for each in known]
     close = difflib.get_close_matches(name.removeprefix(_PREFIX), words, n=1)
     meant = f"; did you mean {_PREFIX}{close[0]}?" if close else ""

@@ -1,6 +1,6 @@
 """The quotas of a user, and the errors when one is reached. Pure.
 
-A quota limits new things only. After an operator lowers it, what exists stays.
+A quota only limits additions. If an operator lowers it, what exists stays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from outbox_server.shared.errors import ResourceExhausted
 if TYPE_CHECKING:
     from outbox_server.shared.settings import Settings
 
-# Calls and streams end soon. Waiting jobs take longer.
+# When to try again: calls and streams end soon, and waiting jobs take longer.
 _SOON: Final = timedelta(seconds=2)
 _LATER: Final = timedelta(minutes=1)
 

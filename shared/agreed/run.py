@@ -27,7 +27,8 @@ from outbox_server.shared.settings import Settings
 
 # A change is noticed after this time at the latest, while PostgreSQL can be reached.
 _LOOK: Final = timedelta(seconds=1)
-# Long enough for a busy machine: a run that knows no settings is started again when it does.
+# The limit of the first look, long enough for a busy machine. A run without settings starts again
+# once they are known.
 _FIRST_LOOK_S: Final = 10.0
 # The key space of a process that could not read the settings yet. Nothing is ever sent from it.
 UNKNOWN_KEY_SPACE: Final = "unknown"
@@ -44,7 +45,7 @@ class SettingsUnknownError(FailedPrecondition):
 
 
 class AgreedRun:
-    """One run of a service, with one state of the stored settings, until `stop` is set.
+    """One run of a service with one state of the stored settings, until `stop` is set.
 
     `agreed` is None if they could not be read from PostgreSQL. Such a run only waits.
     """
@@ -57,12 +58,12 @@ class AgreedRun:
         *,
         reads_only: bool = False,
     ) -> None:
-        """`given` is the environment's. `ready` is called with the port once it is bound.
+        """`given` has the settings of the environment. `ready` is called with the bound port.
 
-        `reads_only`: the service stores no values, and adopts others while it runs.
+        With `reads_only`, the service stores no values, and adopts changes while it runs.
 
         Raises:
-            ConfigurationError: a setting does not fit to the stored ones.
+            ConfigurationError: a setting contradicts the stored ones.
         """
         self._given = given
         self.agreed = agreed
@@ -101,8 +102,9 @@ class AgreedRun:
         """Check the schema, and look for changed settings. This is a dependency of the health.
 
         Raises:
-            SettingsUnknownError: they were not known yet; the run ends, and the next knows them.
-            OutboxError, sqlalchemy.exc.SQLAlchemyError: as of the check of the schema.
+            SettingsUnknownError: they were not known until now; this run ends, and the next one
+                uses them.
+            OutboxError, sqlalchemy.exc.SQLAlchemyError: raised by `schema`.
         """
         await schema()
         await self.look(engine)
@@ -172,9 +174,9 @@ async def run_agreed(
 ) -> None:
     """Run `serve` with the stored settings until `stop` is set, once for each state of them.
 
-    `given` is the environment's; an empty installation stores its values. `listen` is the name of
-    the setting with the server's address. `ready` is called with the port of the first run, which
-    the later ones keep. `AgreedRun` explains `reads_only`.
+    `given` has the settings of the environment; an empty installation stores them. `listen` is the
+    name of the setting with the server's address. `ready` is called with the port of the first run,
+    which the later ones keep. `AgreedRun` explains `reads_only`.
 
     Raises:
         ConfigurationError: the environment contradicts the stored settings.

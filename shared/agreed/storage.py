@@ -18,7 +18,7 @@ from outbox_server.shared.database.models import AgreedSettingsRow as Stored
 
 ACTION: Final = "settings.set"
 _MILLISECOND: Final = timedelta(milliseconds=1)
-# A key space that was left this many changes ago has no keys any more.
+# The most earlier key spaces that are remembered. Older ones have no keys any more.
 _MOST_OLD: Final = 50
 _IDLE_LIMIT: Final = "10s"
 _COLUMNS: Final = (
@@ -104,7 +104,7 @@ async def change_agreed(
     columns = _columns(after.values)
     if set(changed) & set(KEYED):
         old = (*before.old_key_spaces, before.key_space)[-_MOST_OLD:]
-        # Random, so that a restored database never names keys of other values.
+        # The name is random, so that a restored database never names the keys of other values.
         after = replace(after, key_space=secrets.token_hex(4), old_key_spaces=old)
         columns |= {"key_space": after.key_space, "old_key_spaces": list(old)}
     if set(changed) & set(KEYED) - {"shards"}:

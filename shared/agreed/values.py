@@ -1,6 +1,6 @@
 """The settings that are the same in every process, because a difference would break a promise.
 
-docs/operating.md says of every setting whether it is one of these, and why.
+docs/operating.md says for each setting whether it is one of these, and why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from outbox_server.shared.settings import Settings, check_retention, format_dura
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 # The data in Redis depends on these. A change of one begins a new key space, which is loaded from
-# PostgreSQL, because the counts of the old value do not suffice for the new one.
+# PostgreSQL, because what was counted for the old value is not enough for the new one.
 KEYED: Final = ("shards", "rate_window", "min_gap", "user_hourly_limit", "user_gap")
 
 
@@ -40,7 +40,7 @@ class AgreedValues:
         """Return the settings with these values.
 
         Raises:
-            ConfigurationError: another setting does not fit to them.
+            ConfigurationError: another setting contradicts them.
         """
         applied = settings.model_copy(update=self.by_name())
         try:

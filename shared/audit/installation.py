@@ -100,7 +100,7 @@ class Findings:
     seen: dict[int, Replay] | None
     # The settings that they were compared with, including the stored settings.
     settings: Settings
-    # The same of each user with limits for all its senders together.
+    # The same for each user with limits for all its senders together.
     users: list[UserReplays] = field(default_factory=list)
 
 
@@ -139,7 +139,7 @@ async def _audit(
     numbers = JobNumbers()
     async for stored_id in storage.stream_job_ids(connection):
         numbers.add(stored_id)
-    # Read the SMTP side after the snapshot, so that it has the mail of every job that is SENT.
+    # The SMTP side is read after the snapshot, so that it has the mail of every job that is SENT.
     copies = None if smtp_side is None else _copies(smtp_side, installation, numbers)
     receiver_id = None if smtp_side is None else smtp_side.receiver_id
     # The sender of each job, by its number.

@@ -47,7 +47,7 @@ class SenderCheck:
 
     @property
     def margin(self) -> float:
-        """The distance to its limits, as a share of them; below 0 if a limit was exceeded."""
+        """The distance to its limits, as a fraction of them; negative if a limit was exceeded."""
         window = 1 - self.replay.most_in_window / self.sender.hourly_limit
         gap = self.replay.least_gap
         if gap is None or not self.min_gap_s:
@@ -246,7 +246,7 @@ def _sender(check: SenderCheck) -> dict[str, Any]:
         "email": sender.email,
         "checked_by": _CHECKED_BY[check.by_smtp_side],
         "sends": replay.sends,
-        # May be fewer: sends before the sender's last change are not checked.
+        # May be fewer than `sends`, because sends before the sender's last change are not checked.
         "checked": replay.checked,
         "hourly_limit": sender.hourly_limit,
         "most_in_window": replay.most_in_window,

@@ -52,7 +52,7 @@ async def audit_sender(
         return None
     checked, changed = interval, await read_limits_change(connection)
     if changed is not None and (interval.start is None or interval.start < changed + lease):
-        # Earlier sends kept other limits.
+        # Earlier sends had other limits.
         checked = replace(interval, start=changed + lease)
     gap = max(floor, timedelta(milliseconds=sender.min_gap_ms or 0))
     replay = Replay(

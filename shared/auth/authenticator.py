@@ -31,9 +31,10 @@ CACHE_TIME: Final = timedelta(seconds=5)
 # While the table is locked, nobody else can revoke a key. So a key that was valid is accepted for
 # this time after its last look-up.
 LOCKED_TIME: Final = timedelta(minutes=10)
-# But not if that was longer before the lock: the key may have been revoked in between.
+# It must also have been looked up within this time before the lock began. Otherwise it may have
+# been revoked between the look-up and the lock.
 USED_BEFORE_LOCK: Final = timedelta(minutes=1)
-# The most cached keys, including wrong ones: bounds the memory that strangers can make us use.
+# The most cached keys, including invalid ones. It bounds the memory that strangers can make us use.
 _CACHE_SIZE: Final = 10_000
 
 _HEADER: Final = "authorization"
@@ -102,7 +103,7 @@ class KeyAuthenticator:
     async def _look_up_once(self, presented: PresentedKey) -> Caller | None:
         task = self._lookups.get(presented)
         if task is None:
-            # It has no call's context: many calls wait for it, and it belongs to none of them.
+            # The task has an empty context: many calls wait for it, and it belongs to none of them.
             task = asyncio.create_task(self._look_up(presented), context=Context())
             self._lookups[presented] = task
             task.add_done_callback(lambda _: self._lookups.pop(presented, None))
@@ -110,7 +111,8 @@ class KeyAuthenticator:
         return await asyncio.shield(task)
 
     async def _look_up(self, presented: PresentedKey) -> Caller | None:
-        # Counted from before the look-up: a revocation committed meanwhile takes effect in time.
+        # The time counts from before the look-up, so a revocation committed during it takes effect
+        # in time.
         now = time.monotonic()
         until = now + self._cache_s
         try:
@@ -150,7 +152,7 @@ class KeyAuthenticator:
             if not is_locked(again):
                 raise
         else:
-            # Only the users are locked, with the quotas.
+            # Only the table of users, which has the quotas, is locked.
             self._locked_at = None
             if valid:
                 known = replace(known, until=until, read_at=now)

@@ -61,7 +61,7 @@ def key_of(row: Any) -> ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """The stored part of a key that callers are checked against; never a revoked or expired key."""
+    """The stored part of a valid key, against which callers are checked."""
 
     secret_hash: bytes
     kind: ApiKeyKind

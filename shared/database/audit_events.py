@@ -25,7 +25,7 @@ class RecordedChange:
     target: str = ""
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
-    # The rest is set by PostgreSQL, or for calls only.
+    # The fields below are set by PostgreSQL, or for calls only.
     happened_at: datetime | None = None
     event_id: int = 0
     identity: str = ""
@@ -49,7 +49,7 @@ CHANGE_COLUMNS: Final = (
 
 
 def shortened_text(text: str | None) -> str | None:
-    """Return a text, or its first words: an address that is cut would not be found to erase it."""
+    """Return a text, or its first whole words: an erasure cannot find an address that is cut."""
     if text is None or len(text) <= MAX_AUDITED_TEXT:
         return text
     words, *_ = text[: MAX_AUDITED_TEXT + 1].rsplit(None, 1)
@@ -99,7 +99,7 @@ async def read_changes(
 async def erase_changes(connection: AsyncConnection, user_id: str, key: str) -> None:
     """Remove the texts about one recipient from a user's events. The events themselves stay.
 
-    `key` is the recipient's `address_key`. It is found also as a part of a URL (`anna%40b.org`).
+    `key` is the recipient's `address_key`. It is also found as a part of a URL (`anna%40b.org`).
     """
     texts = func.concat_ws(
         " ",

@@ -5,7 +5,7 @@ A million rows take 13 s to update, and a caller waits 2 s at most. So a cancell
 CANCELLED. Any live scheduler updates the rows later (services/scheduler/sweeping.py), and deletes
 the row of the cancellation when no job of the batch waits or is being sent any more.
 
-In the same way some jobs of a batch are cancelled: by a row in `job_changes` with one bit per job
+Some jobs of a batch are cancelled in the same way, by a row in `job_changes` with one bit per job
 (services/scheduler/storage/job_changes.py).
 
 No job is marked SENDING afterwards: a mark locks the batch FOR SHARE and checks its state. A job in

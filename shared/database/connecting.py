@@ -1,8 +1,8 @@
 """Connections to PostgreSQL, directly or through a pooler such as PgBouncer.
 
-A pooler in transaction mode gives each transaction another session of PostgreSQL. So it refuses
-startup options, forgets what SET changed, and does not know the statements that another session
-prepared. A connection finds out by itself whether a pooler is between, and behaves accordingly.
+A pooler in transaction mode gives each transaction another session of PostgreSQL. So startup
+options are refused, the effects of SET are lost, and statements that another session prepared are
+unknown. A connection finds out by itself whether there is a pooler.
 """
 
 from __future__ import annotations
@@ -94,17 +94,17 @@ def _split_prepare(url: str) -> tuple[str, bool, int | None]:
 
 
 class PostgresConnection(psycopg.AsyncConnection[Any]):
-    """A connection that applies its settings in each transaction if a pooler is between."""
+    """A connection that applies its settings in each transaction if there is a pooler."""
 
     # None means no limit.
     answer_limit_s: float | None = None
     # The statement that applies the settings to a transaction; None without a pooler.
     local_settings: sql.Composed | None = None
-    # Whether a pooler may be between.
+    # Whether there may be a pooler.
     pooled = True
 
     async def configure(self, target: DatabaseTarget, settings: Mapping[str, str]) -> None:
-        """Find out whether a pooler is between, and apply the settings accordingly.
+        """Find out whether there is a pooler, and apply the settings accordingly.
 
         A pooler tells its clients a process id of its own, which is not that of a session of
         PostgreSQL. Then the settings end with this one statement.
@@ -149,12 +149,13 @@ class PostgresConnection(psycopg.AsyncConnection[Any]):
         await super().set_read_only(value or None)
 
     async def wait(self, *args: Any, **options: Any) -> Any:
-        """Wait for PostgreSQL, but not for ever."""
+        """Wait for PostgreSQL, for a limited time."""
         try:
             async with asyncio.timeout(self.answer_limit_s):
                 return await super().wait(*args, **options)
         except TimeoutError:
-            # A late reply could still arrive, so close; the pool then drops all older connections.
+            # A late reply could still arrive, so the connection is closed. The pool then drops all
+            # older ones.
             self.pgconn.finish()
             raise psycopg.OperationalError("PostgreSQL does not reply") from None
 
@@ -197,7 +198,7 @@ class _Cursor(psycopg.AsyncCursor[Any]):
 
 
 class RawCursor(RawCursorMixin[psycopg.AsyncConnection[Any], Any], _Cursor):
-    """The same for statements whose parameters are $1, $2 and so on. psycopg parses none of them.
+    """The same for statements whose parameters are $1, $2 and so on, which psycopg does not parse.
 
     See `shared.database.frequent`.
     """

@@ -164,7 +164,8 @@ def _being_cancelled(
         .select_from(BatchCancellation)
         .join(sending, sending.c.batch_id == of_batch)
         .where(batches[1]),
-        # An older release that cancels the batch leaves its changes there. They count no longer.
+        # An older release that cancels the batch leaves its changes in place. They do not count any
+        # more.
         select(key(JobChange), state, JobChange.n)
         .select_from(JobChange)
         .join(Batch, Batch.id == JobChange.batch_id)

@@ -29,7 +29,7 @@ LOCK_TIMEOUT = timedelta(seconds=10)
 # Otherwise its locks would last for hours, and no event of any user is shown while a transaction
 # that has written events is open (`shared.events.storage`).
 _IDLE_TIMEOUT_MS = 60_000
-# What a database or a role may set otherwise, and what the driver and our statements rely on.
+# Settings that the driver and our statements rely on, but that a database or a role may change.
 _FIXED: Final[Mapping[str, str]] = {
     "timezone": "UTC",
     "datestyle": "ISO",
@@ -39,7 +39,7 @@ _FIXED: Final[Mapping[str, str]] = {
     "array_nulls": "on",
     "transform_null_equals": "off",
     "default_transaction_isolation": "read committed",
-    # The pool keeps its connections.
+    # Connections in the pool may be idle for any time.
     "idle_session_timeout": "0",
     "jit": "off",
 }
@@ -105,7 +105,8 @@ def create_engine(
         # A call must not fail because a restart of PostgreSQL closed a pooled connection. A process
         # of single statements repeats failed ones, and saves the round trip.
         pool_pre_ping=not single_statements,
-        # Bound values contain personal data, such as mail addresses: keep them out of error texts.
+        # Bound values contain personal data, such as mail addresses, so error texts must not have
+        # them.
         hide_parameters=True,
         isolation_level="AUTOCOMMIT" if single_statements else "READ COMMITTED",
         pool_reset_on_return=None if single_statements else "rollback",

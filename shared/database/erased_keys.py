@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Text, cast, func, literal, select
 
 from outbox_server.shared.database.models import ErasureKey
 
-# No address begins so, because every address has an @ and a hash has none.
+# Hashes begin with this. No hash equals an address, because an address has an @.
 ERASED_PREFIX: Final = "erased:"
 
 

@@ -17,7 +17,7 @@ from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.fair_shares import Claimant, FairShares
 
-# More than all calls of a process together, which other modules limit: it is never reached.
+# The most calls that wait. It is never reached, because other modules allow fewer calls.
 _WAITING: Final = 10_000
 
 

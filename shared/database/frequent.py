@@ -95,7 +95,7 @@ def _element(value: bool | int | str | None) -> str:
 
 def named_rows(names: Iterable[str]) -> Callable[[tuple[Any, ...]], Any]:
     """Return the function that gives the columns of a row these names."""
-    # A type that is made by a list: mypy knows only literals.
+    # The type is made from a list, and mypy knows only literals.
     row: Any = namedtuple("Row", tuple(names))  # type: ignore[misc]  # noqa: PYI024
     make: Callable[[tuple[Any, ...]], Any] = row._make
     return make
@@ -198,7 +198,7 @@ class KeptConnections:
 
 
 def _is_quiet(driver: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether nothing came on an idle connection, such as its end at a restart of PostgreSQL."""
+    """Whether nothing arrived on an idle connection, such as its end at a restart of PostgreSQL."""
     if driver.closed:
         return False
     waiting = select.poll()

@@ -30,7 +30,7 @@ def is_key_space() -> ColumnElement[bool]:
 def is_locked_key_space() -> ColumnElement[bool]:
     """Return the same condition, which stays true until the end of the transaction.
 
-    A statement with an older snapshot nevertheless sees the change that it has waited for.
+    If it waits for a change, it sees that change even with an older snapshot.
     """
     locked = select(AgreedSettingsRow.key_space).with_for_update(read=True).cte("agreed")
     return _is_named(select(locked.c.key_space))

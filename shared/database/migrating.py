@@ -101,7 +101,8 @@ def migrate(
         head = ScriptDirectory.from_config(config).get_current_head()
         present = _revision(connection)
         if head is not None and present.revision > head:
-            # As after a roll-back, whose first step runs the migrations of the older release.
+            # This is so after a roll-back, whose first step runs the migrations of the older
+            # release.
             present.check(head)
             say(f"the schema is at revision {present.revision}, newer than this release: it stays")
             return Migrated(present.revision, present.revision)
@@ -141,8 +142,8 @@ def _session(url: str) -> Iterator[Connection]:
 def _lock(connection: Connection, end: float, patience: timedelta, say: Say) -> None:
     """Take the lock of migrators.
 
-    By polling: a session that waits inside PostgreSQL has a snapshot, and CREATE INDEX CONCURRENTLY
-    of the other migrator would wait for it, so that both would wait for ever.
+    It polls: a session that waits inside PostgreSQL has a snapshot, and CREATE INDEX CONCURRENTLY
+    of the other migrator would wait for that session, so that both would wait for ever.
     """
     waited = False
     while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": _ADVISORY_LOCK}):

@@ -42,10 +42,11 @@ def create_index_concurrently(
 
 
 def drop_index_if_unused(name: str, table: str) -> None:
-    """Drop an index that this release does not use, if no earlier one can. A migration of its own.
+    """Drop an index that this release does not use, if the table is empty.
 
-    While the table has rows, processes of an earlier release may run, now or after a rollback, and
-    would read the whole table instead. A later release drops the index there, too.
+    It must be a migration of its own. If the table has rows, processes of an earlier release may
+    run, now or after a rollback, and would read the whole table instead. A later release drops the
+    index there.
     """
     with _outside_of_a_transaction():
         if not op.get_bind().scalar(select(exists().select_from(column_table(table)))):

@@ -2,8 +2,8 @@
 
 A pause is one change of one row, however many jobs wait. A pause until a time ends without any
 write: its row stays as it is, and each statement compares the time with PostgreSQL's clock. So no
-process has to be alive at that time, and none can be late. A load of the sender's head at that time
-brings the jobs of a batch back (`first_end`, `wake` in load_head.lua).
+process has to be alive at that time, and the end is never late. A load of the sender's head at that
+time brings the jobs of a batch back (`first_end`, `wake` in load_head.lua).
 
 Marks lock the batch FOR SHARE and check these conditions on the locked row, so a pause, which
 changes that row, waits for the marks under way, and later marks see it.

@@ -2,9 +2,9 @@
 
 Releases before schema 0014 compared by case folding, for which `fußball.de` and `fussball.de` are
 one domain. Their rows have the folded key alone: a job `recipient_key`, a suppression an `address`
-without a `form`. Such a suppression covers every address that folds to it, as it did before: nobody
-knows any more which of them was meant. Rows of later releases have both keys, because processes of
-both releases run side by side during an upgrade.
+without a `form`. Such a suppression covers every address that folds to it, as it did before,
+because it is not known which of them was meant. Rows of later releases have both keys, because
+processes of both releases run side by side during an upgrade.
 """
 
 from __future__ import annotations

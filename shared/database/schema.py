@@ -82,7 +82,7 @@ async def read_revision(engine: AsyncEngine) -> SchemaRevision:
 
 
 class SchemaGuard:
-    """Lets a service work once the schema is usable. `check` is a dependency of its health."""
+    """Lets a service work once the schema is usable. Health depends on `check`."""
 
     def __init__(self, engine: AsyncEngine, code: str = REVISION) -> None:
         self._engine = engine
@@ -120,7 +120,7 @@ class SchemaGuard:
     async def run_when_usable(
         self, work: Sequence[Callable[[], Awaitable[None]]], stop: asyncio.Event
     ) -> None:
-        """Run `work` as soon as a `check` has succeeded, or nothing if `stop` is set before.
+        """Run `work` as soon as a `check` has succeeded. Do nothing if `stop` is set before.
 
         Raises:
             ConfigurationError: the first schema that was seen is too new for this release.

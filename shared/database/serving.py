@@ -1,4 +1,4 @@
-"""Checks that PostgreSQL serves this release, by a statement that needs all that others need.
+"""Checks that PostgreSQL serves this release, by one statement that needs what all others need.
 
 It names every column that this release uses, and changes no row of the tables that each mail and
 each batch change. So it fails on a read-only server, without a table, column or privilege, and it

@@ -79,7 +79,7 @@ def _ask_libpq(parameters: Mapping[str, Any]) -> None:
     """Let libpq check what remains, such as options that exclude one another."""
     hosts = parameters.get("hostaddr") or parameters.get("host") or ""
     nowhere = ",".join([_NOWHERE] * (hosts.count(",") + 1))
-    # Empty, so that PGHOSTADDR leads nowhere either.
+    # Set to empty, so that PGHOSTADDR has no effect.
     given = {**parameters, "host": nowhere, "hostaddr": ""}
     connection = pq.PGconn.connect_start(conninfo.make_conninfo("", **given).encode())
     try:

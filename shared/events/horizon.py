@@ -31,7 +31,7 @@ class Horizon:
 
     def __init__(self) -> None:
         self._pending: _Pending | None = None
-        # None: not known yet.
+        # None means that it is not known yet.
         self.position: EventPosition | None = None
 
     def reset(self) -> None:
@@ -41,7 +41,7 @@ class Horizon:
 
     @property
     def is_pending(self) -> bool:
-        """Whether another look, soon, may find a later position."""
+        """Whether a look a moment later may find a later position."""
         return self._pending is not None
 
     async def advance(self, connection: AsyncConnection) -> bool:

@@ -207,7 +207,7 @@ async def remove_surplus_events(
     found = (
         await connection.execute(select(func.count(), func.max(gone.c.id)).select_from(gone))
     ).one()
-    # Fewer than wanted: others were removed without being counted, and none is left.
+    # Fewer were found than wanted: the others were removed without being counted.
     left = present.n - wanted if found[0] == wanted else 0
     await connection.execute(
         update(JobEventCount)

@@ -33,9 +33,9 @@ from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 
 # The advisory lock that every transaction with events holds, shared. The triggers name it, too.
 _WRITERS: Final = 7_402_311_917
-# Clocks of two PostgreSQL servers, before and after a failover, may differ by so much.
+# How much the clocks of two PostgreSQL servers, before and after a failover, may differ.
 _CLOCK_TOLERANCE: Final = timedelta(seconds=1)
-# Events of one moment may have ids in another order, by as much as a transaction takes.
+# How far the order of ids may differ from the order of times: as long as a transaction takes.
 _DISORDER: Final = timedelta(minutes=1)
 
 
@@ -65,7 +65,7 @@ class JobEventRecord:
 
 @dataclass(frozen=True, slots=True)
 class EventOutcome:
-    """How an attempt ended that is not in the event itself."""
+    """The outcome of an attempt, as far as the event itself does not have it."""
 
     outcome: AttemptOutcome
     reply_class: ReplyClass | None
@@ -138,9 +138,9 @@ _query = (
 def between(user_id: Any, after: Any, last: Any) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions that an event is of a user, and after one id and up to another.
 
-    Order it by `event_place`. Only the index that begins with the user serves both. With an
-    equality of users, the planner may prefer the index of ids, and read the events of all users:
-    it does if most events are of one of them.
+    Order the result by `event_place`. Only the index that begins with the user serves both. With an
+    equality of users, the planner may prefer the index of ids, and read the events of all users: it
+    does if most events are of one of them.
     """
     return event_place > tuple_(user_id, after), event_place <= tuple_(user_id, last)
 
@@ -254,9 +254,8 @@ async def is_valid(
 
     They cannot if some were removed, or it is older than the retention. Nor can they if the
     database was restored, or if a replica took over that had not received the last events: ids are
-    then drawn again. So the position is of another past if its id was not drawn yet, or if an event
-    up to its id is younger
-    than the position.
+    then drawn again. So the position belongs to a lost history if its id was not drawn yet, or if
+    an event up to its id is newer than the position.
     """
     drawn = await read_drawn(connection)
     if position.event_id > drawn.event_id or position.at < drawn.at - retention:

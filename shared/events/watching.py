@@ -38,8 +38,8 @@ from outbox_server.shared.states import JobState
 
 # How many events one look reads for one watcher, and the most in one message.
 PAGE: Final = 500
-# How many events one look reads for all watchers, each of which gets an equal part of a page: the
-# event loop stands still while they are read. No part is smaller than the least.
+# How many events one look reads for all watchers together, because the event loop is blocked while
+# they are read. Each watcher gets an equal part, of at least the second number.
 _MOST_READ: Final = 2_000
 _LEAST: Final = 20
 # A watcher without events gets its position this often.
@@ -94,11 +94,11 @@ def expired() -> FailedPrecondition:
 class _EventWatcher:
     which: EventFilter
     owner: Claimant
-    # None: begins at the first position that is found.
+    # None means to begin at the first position that is found.
     after: EventPosition | None
     # The next message. Nothing is read for the watcher while it has one.
     page: EventPage | None = None
-    # When the caller took the last message. None: it has had none.
+    # When the caller took the last message. None means that it took none yet.
     sent_at: float | None = None
     is_expired: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -133,7 +133,7 @@ class EventWatch:
         self._loop = Loop("watching events", self._try, errors=DATABASE_ERRORS)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Read while somebody watches, until `stop`. Run it outside of calls, as all share it."""
+        """Read while somebody watches, until `stop`. Run it outside of calls, which all use it."""
         await self._loop.run(stop)
 
     async def follow(
@@ -165,7 +165,7 @@ class EventWatch:
 
     async def _try(self) -> timedelta | None:
         if not self._watchers:
-            # Else the next watcher would begin with the events since then.
+            # Otherwise the next watcher would begin with the events since then.
             self._horizon.reset()
             return None
         try:

@@ -1,7 +1,7 @@
 """Reads the waiting mail of a sender from PostgreSQL, in the order of sending.
 
-It is read job by job if it is little, and otherwise computed from its batches. So a forecast costs
-about the same at any size.
+If there are few jobs, they are read one by one; otherwise they are computed from the batches. So a
+forecast costs about the same at any size.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from outbox_server.shared.forecast.simulation import JobGroup
 
 
 async def read_pauses(connection: AsyncConnection, sender_id: int) -> Mapping[int, datetime | None]:
-    """Return until when each paused batch of a sender is paused; None: nobody knows."""
+    """Return when each paused batch of a sender resumes; None means that this is not known."""
     # How long it takes to write new due times is not known either.
     until = case((Batch.respreading, null()), else_=Batch.paused_until).label("until")
     statement = select(Batch.id, until).where(Batch.sender_id == sender_id, batch_is_paused())

@@ -41,8 +41,8 @@ HELD_NOTICE: Final = (
 class Forecast:
     """When mail will be sent.
 
-    If `first` and `end` are None, nothing will be sent, or the time is unknown. In the latter case
-    `active` or `within_sight` is False, or `held` or `batch_paused` is True.
+    If `first` and `end` are None, nothing will be sent, or the time is unknown. If the time is
+    unknown, `active` or `within_sight` is False, or `held` or `batch_paused` is True.
     """
 
     # The limits of the sender.
@@ -154,8 +154,8 @@ async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
         held=pace.held,
         cooldown=pace.cooldown,
     )
-    # Limit.PAUSE: without an end, nobody knows when a paused sender resumes. Nobody knows either
-    # when held mail is released.
+    # Limit.PAUSE: if the pause has no end, it is unknown when the sender resumes. It is also
+    # unknown when held mail will be released.
     if not jobs or not pace.active or pace.held:
         return known
     # Limit.USER_WINDOW, Limit.USER_GAP

@@ -91,7 +91,8 @@ class SenderPace:
     user: UserLimiter | None = None
     # Whether a hold keeps new mail from being sent.
     held: bool = False
-    # The batches that are paused, with the ends of their pauses; None: nobody knows when.
+    # The batches that are paused, with the ends of their pauses; None means that the end is not
+    # known.
     pauses: Mapping[int, int | None] = field(default_factory=dict)
 
     @property
@@ -176,12 +177,12 @@ def _in_flight_statement(of_senders: ColumnElement[bool]) -> Select[Any]:
     )
 
 
-# Built once, because that takes longer than to run them for a sender.
+# Built once, because building them takes longer than running them for a sender.
 _SENDER: Final[Any] = bindparam("sender_id", type_=BigInteger)
 _USER: Final[Any] = bindparam("user_id", type_=Text)
 _MOST: Final[Any] = bindparam("most", type_=BigInteger)
 _SENDERS_OF_USER: Final = select(Sender.id).where(Sender.user_id == _USER)
-# What the pace of each of `senders` depends on, except for its sends.
+# All that the pace of each of `senders` depends on, except its sends.
 PACE_STATEMENT: Final = _pace_statement()
 _SENDS: Final = _sends_statement(Attempt.sender_id == _SENDER)
 _USER_SENDS: Final = _sends_statement(Attempt.sender_id.in_(_SENDERS_OF_USER))

@@ -1,4 +1,4 @@
-"""Reads the input of forecasts for many senders at once, if that is little.
+"""Reads the input of forecasts for many senders at once, if there is little of it.
 
 A forecast reads all waiting mail of a sender, and its sends of the last hour. That takes longer
 than it takes to accept a small batch, unless both are few. Then one statement each reads them for

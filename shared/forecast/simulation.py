@@ -55,8 +55,8 @@ class Bound(Enum):
     SPACING = "spacing"
     GAP = "gap"
     WINDOW = "window"
-    # Those that the user has for all its senders: Limit.USER_GAP, Limit.USER_WINDOW. A simulation
-    # gets them as limits of the sender (user_shares.py).
+    # The limits that the user has for all its senders: Limit.USER_GAP, Limit.USER_WINDOW. A
+    # simulation gets them as limits of the sender (user_shares.py).
     USER_GAP = "user gap"
     USER_WINDOW = "user window"
     HOURS = "hours"
@@ -118,7 +118,8 @@ class JobGroup:
 class SimulatedOutcome:
     """The forecast for the mails that are `mine`."""
 
-    # Starts of the first and the last send. None if nothing will be sent, or not within sight.
+    # Starts of the first and the last send. None if nothing will be sent, or too late for a
+    # forecast (`within_sight` is False).
     first: int | None = None
     last: int | None = None
     # End of the last send.
@@ -144,7 +145,8 @@ def simulate(
 ) -> SimulatedOutcome:
     """Return when the mails that are `mine` will be sent, from `now` on.
 
-    `groups` are in the order of sending. Groups after the last one of mine change nothing.
+    `groups` are in the order of sending. Groups after the last one with mails that are `mine`
+    change nothing.
     """
     groups = list(groups)
     while groups and not groups[-1].mine:
@@ -273,7 +275,7 @@ class _Simulation:
             if group.expire_after is not None:
                 late = start - due - group.expire_after
                 if late > 0:
-                    # First drop the mails that would be too late even at this instant.
+                    # First drop the mails that would expire even before this instant.
                     gone = left if not group.step else min(left, -(-late // group.step))
                     expired += gone
                     left -= gone

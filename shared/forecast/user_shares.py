@@ -1,7 +1,8 @@
 """Turns the limits that a user has for all its senders into limits of one of them. Pure.
 
 The senders of a user that have due mail take turns. So each has its share of the user's limits:
-with n such senders, every n-th send of the user is its own. A forecast assumes that they stay n.
+with n such senders, every n-th send of the user is its own. A forecast assumes that their number
+does not change.
 """
 
 from __future__ import annotations

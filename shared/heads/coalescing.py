@@ -1,4 +1,4 @@
-"""Brings new jobs into Redis for many calls at once: those of all their senders together."""
+"""Adds new jobs to Redis for many calls and senders at once."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LONGEST = 2_000
 
 
 class ShardLoads:
-    """Loads heads, those of each shard together: one shard that fails does not fail the others."""
+    """Loads heads, those of each shard together. A shard that fails does not affect the others."""
 
     def __init__(self, loader: HeadLoader, statements: AsyncEngine) -> None:
-        """`statements` is an engine of single statements."""
+        """`statements` is an engine that runs single statements."""
         self._loader = loader
         self._markers = MarkerDeletion(statements)
         self._by_queue = {queue: Coalesced(self._work) for queue in loader.queues}
-        # What the next round adds to the heads of senders. None: it loads the head instead.
+        # What the next round adds to the heads of senders. None means to load the head instead.
         self._new: dict[int, list[NewJobs] | None] = {}
 
     async def load(self, sender_id: int) -> bool:
@@ -41,7 +41,7 @@ class ShardLoads:
     def add(self, sender_id: int, new: NewJobs) -> asyncio.Future[bool | None]:
         """Begin to add jobs to a head. All those with the same marker must be added at once.
 
-        The future says the same. Do not cancel it, because others wait for it too.
+        The future has the result of `load`. Do not cancel it, because others wait for it too.
         """
         others = self._new.setdefault(sender_id, [])
         if others is not None:

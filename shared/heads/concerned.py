@@ -42,7 +42,8 @@ class ConcernedSender(NamedTuple):
     """A sender with a waiting job or a job in SENDING."""
 
     sender_id: int
-    # Its first waiting job, and when that is due (Unix ms). None: it has only jobs in SENDING.
+    # Its first waiting job, and when that is due (Unix ms). None means that it has only jobs in
+    # SENDING.
     job: JobRef | None
     due_ms: int | None
     # Whether nothing is held (`shared.holds`) and no batch of the sender is paused. Otherwise Redis
@@ -56,7 +57,7 @@ class Walk:
     """Reads concerned senders in the order of their ids, of one shard or of all."""
 
     def __init__(self, *, shards: int = 1, shard: int = 0) -> None:
-        """Walk over the senders of `shard` of `shards`. One of one: all senders."""
+        """Walk over the senders of `shard`, one of `shards`. With one shard, it is all senders."""
         self._statement = _walk_statement(sharded=shards > 1)
         self._shards, self._shard = shards, shard
 
@@ -105,7 +106,7 @@ async def find_lost(
 
 
 def in_order_of_due_time(senders: Iterable[ConcernedSender]) -> list[ConcernedSender]:
-    """Return senders in the order in which their jobs are due; those without one come last."""
+    """Return senders in the order in which their jobs are due; senders without one come last."""
     return sorted(senders, key=lambda one: (one.due_ms is None, one.due_ms, one.sender_id))
 
 

@@ -93,7 +93,7 @@ _LOOK: Final = _statement()
 
 
 def is_valid(shard: Any, life: Any) -> ColumnElement[bool]:
-    """Whether nothing contradicts this life: PostgreSQL has it, or none at all, for the shard."""
+    """Whether PostgreSQL has this life for the shard, or none at all."""
     other = exists().where(ShardLife.shard == shard, ShardLife.life != life)
     return ~other
 

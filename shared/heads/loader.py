@@ -54,14 +54,14 @@ _TRIES = 20
 # Senders per statement and pipeline, which bounds the memory of a rebuild.
 _CHUNK = 200
 _DAY_MS = 24 * 60 * 60 * 1000
-# When to look again at a sender whose waiting mail is all paused.
+# When to load a sender again whose waiting mail is all paused.
 _LOOK_AGAIN = timedelta(hours=1)
 
 _log = structlog.get_logger(__name__)
 
 
 class RebuildResult(StrEnum):
-    """How a rebuild ended in which heads were missing from Redis."""
+    """The result of rebuilding a shard that lacked heads."""
 
     COMPLETE = "complete"
     # Redis or the lock was lost again meanwhile.
@@ -118,7 +118,7 @@ class HeadLoader:
         """`on_rebuild` is called for each rebuild of a shard that Redis had lost."""
         self._on_rebuild = on_rebuild
         self._engine = engine
-        # For single statements: they need no transaction around them, and half the round trips.
+        # For single statements, which need no transaction and so half of the round trips.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.queues = queues
         self.lives = Lives(engine)
@@ -197,7 +197,7 @@ class HeadLoader:
             # between the two statements would be in neither.
             fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
             if fresh and self._users.sharded:
-                # What they send from another shard until then is in PostgreSQL, or not confirmed.
+                # Their sends from another shard until then are in PostgreSQL, or are not confirmed.
                 await self._users.forget_elsewhere(queue, fresh)
             async with snapshot(self._engine) if fresh else self._single.connect() as connection:
                 found = await connection.execute(HEADS_STATEMENT, {"senders": list(epochs)})
@@ -257,7 +257,7 @@ class HeadLoader:
 
     async def _forget(self, queue: Queue, sender_ids: Sequence[int]) -> None:
         """Remove senders from the wrong shard. The caller loads them into the right one."""
-        # In case this process dies before.
+        # The markers are for the case that this process dies before the load.
         async with self._engine.begin() as connection:
             await mark_stale(connection, sender_ids)
         await queue.forget_senders(sender_ids)
@@ -367,10 +367,10 @@ class HeadLoader:
                 return False
             return await self._rebuild(queue, token)
         except Exception:
-            # So that the next try, here or elsewhere, does not wait until the lock expires.
+            # So the next try, here or in another process, need not wait until the lock expires.
             with suppress(*QUEUE_ERRORS):
                 await queue.give_up_rebuild(token)
-                # A rebuild of a complete shard that fails has lost nothing.
+                # A failed rebuild of a complete shard did no harm, and is not counted.
                 if not (await queue.count_ready_jobs()).complete:
                     self._rebuilt(RebuildResult.FAILED)
             raise

@@ -26,7 +26,7 @@ from outbox_server.shared.database.models import HeadMarker
 from outbox_server.shared.heads.lives import is_valid
 from outbox_server.shared.queue.queue import Queue
 
-# A marker of this age was left behind by a process that died between its commit and its load.
+# A marker that is older than this was left by a process that died between its commit and its load.
 MARKER_AGE = timedelta(seconds=5)
 # Built once, because it runs for every load.
 _DELETE: Final = delete(HeadMarker).where(
@@ -36,8 +36,8 @@ _DELETE: Final = delete(HeadMarker).where(
 )
 
 
-# The same. If PostgreSQL crashes soon after, the markers are back, and cause one more load. So the
-# commit does not wait for the disk.
+# Built once too. The commit does not wait for the disk: after a crash of PostgreSQL, the markers
+# are back and cause one more load.
 _DELETE_LATER: Final = FrequentStatement(
     _DELETE.where(
         func.set_config("synchronous_commit", "off", literal(True)).is_not(None)
@@ -106,7 +106,7 @@ class MarkerDeletion:
     """Deletes markers after the calls that they belong to, those of many calls at once."""
 
     def __init__(self, statements: AsyncEngine) -> None:
-        """`statements` is an engine of single statements."""
+        """`statements` is an engine that runs single statements."""
         self._kept = KeptConnections(statements)
         self._done: list[DoneMarkers] = []
         self._task: asyncio.Task[None] | None = None
@@ -115,7 +115,7 @@ class MarkerDeletion:
         """Begin to delete markers. If that fails, they cause one more load."""
         self._done.append(done)
         if self._task is None:
-            # Without a call's context: it deletes the markers of many calls.
+            # The task has an empty context, because it deletes the markers of many calls.
             self._task = asyncio.create_task(self._run(), context=Context())
 
     async def close(self) -> None:

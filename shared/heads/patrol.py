@@ -1,8 +1,8 @@
 """Goes through all concerned senders, a few each second, and loads those that Redis has lost.
 
 Claims notice what an eviction or a crash can lose (docs/reliability.md). The patrol is for what
-they cannot notice: a sender's entry in `ready` that a person or a fault removed. Its cost does not
-depend on the number of senders; the time of a round does.
+they cannot notice: a sender's entry in `ready` that a person or a fault removed. Its cost per
+second does not depend on the number of senders, but the length of a round does.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from outbox_server.shared.heads.concerned import ConcernedSender, Walk, find_los
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
 
-# Senders of one part, at most: 20 us of PostgreSQL and 10 us of Redis each.
+# The most senders of one part. Each takes 20 us of PostgreSQL and 10 us of Redis.
 PART: Final = 250
-# If so large a share of a part is lost, more is, so the next part follows at once.
+# If this share of a part is lost, more is probably lost, so the next part follows at once.
 _MANY: Final = 0.1
 _AT_ONCE: Final = timedelta(0)
 _log = structlog.get_logger(__name__)
@@ -44,13 +44,13 @@ class Patrol:
         self._walk = Walk()
         # Whether the next part follows at once.
         self._hurries = False
-        # Rounds that are to be ended without pauses.
+        # The number of rounds to finish without pauses.
         self._rounds_at_once = 0
 
     def hurry(self) -> None:
         """Go through all senders at once, because PostgreSQL may differ from Redis anywhere."""
         self._hurries = True
-        # The end of the present round, and a whole one.
+        # The rest of the present round, and one whole round.
         self._rounds_at_once = 2
 
     async def step(self, pause: timedelta) -> timedelta:

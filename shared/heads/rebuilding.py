@@ -23,11 +23,12 @@ from outbox_server.shared.queue.queue import Queue
 _FIRST_READ: Final = 500
 _LONGEST_READ: Final = 10_000
 _READ_TIME_S: Final = 0.5
-# Senders that are due so soon are loaded with those that are due.
+# Senders that are due within this time are loaded together with those that are due.
 _SOON: Final = timedelta(seconds=5)
-# Senders that are not due and wait in memory until those that are due are loaded, 200 bytes each.
+# The most senders, 200 bytes each, that wait in memory until those that are due are loaded.
 _MOST_LATER: Final = 100_000
-# Loads at a time: while one waits for PostgreSQL or Redis, another uses this process.
+# The number of loads at a time: while one waits for PostgreSQL or Redis, another uses the
+# processor.
 _LOADS: Final = 2
 
 
@@ -55,7 +56,7 @@ class Rebuild:
         self.overtaken = False
 
     async def run(self) -> None:
-        """Load all that are lost; `overtaken` says whether it could."""
+        """Load all senders that are lost. `overtaken` then tells whether it ended too early."""
         start: int | None = 0
         while start is not None and not self.overtaken:
             start = await self._go_through(start)
@@ -77,7 +78,7 @@ class Rebuild:
             if not later or len(later) + len(rest) <= _MOST_LATER:
                 later += rest
             elif again is None:
-                # Too many for the memory: they are read again after the others are loaded.
+                # There are too many to keep: they are read again after the others are loaded.
                 again = after
             if len(senders) < most:
                 break

@@ -1,7 +1,7 @@
 """Loads the limits of users into Redis, in the way of `shared.heads.loader`.
 
-Since the load has begun, no sender of the user may send. So a claim that the history does not show
-is not confirmed.
+From the beginning of a load on, no sender of the user may send. So a claim that the history does
+not show is not confirmed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outbox_server.shared.queue.records import ActiveLease, PastEnd, UserHead, b
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.settings import Settings
 
-# As of the loads of heads: each lost race means progress elsewhere.
+# The tries of one load, as for heads: each lost race means progress elsewhere.
 _TRIES = 20
 _log = structlog.get_logger(__name__)
 
@@ -83,7 +83,7 @@ class UserLoader:
         return moved
 
     async def forget_elsewhere(self, queue: Queue, sender_ids: Sequence[int]) -> int:
-        """Remove senders of this shard from those of their ids. Returns how many were there."""
+        """Remove senders of this shard from the shards of their ids. Return how many were there."""
         found = 0
         by_queue: dict[Queue, list[int]] = {}
         for sender_id in sender_ids:
@@ -120,7 +120,7 @@ class UserLoader:
             users = {by_key[key]: brings_history(epoch) for key, epoch in epochs.items()}
             fresh = [user_id for user_id, is_fresh in users.items() if is_fresh]
             if fresh and self.sharded:
-                # What they send from another shard until then is in PostgreSQL, or not confirmed.
+                # Their sends from another shard until then are in PostgreSQL, or are not confirmed.
                 async with self._engine.connect() as connection:
                     found = await connection.execute(senders_of_users_statement(fresh))
                     keys = {row.id: row.shard_key for row in found}

@@ -1,6 +1,6 @@
 """The conditions of statements on jobs that may be sent although the installation is held.
 
-They cost one look at an empty table while nothing is held.
+While nothing is held, they cost one look at an empty table.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def nothing_is_held() -> ColumnElement[bool]:
 
 
 def _of_sender(sender: SQLColumnExpression[int]) -> tuple[ColumnElement[bool], ...]:
-    # By another name, because `sender` may be the id of a sender in the statement itself.
+    # The table has an alias, because `sender` may be a column of the statement's own table.
     row = aliased(Sender)
     owner = select(row.user_id).where(row.id == sender).correlate_except(row).scalar_subquery()
     return (

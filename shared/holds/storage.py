@@ -38,7 +38,7 @@ async def begin_hold(connection: AsyncConnection, reason: HoldReason, detail: st
     )
     if made is None:
         return False
-    # Rows of an earlier hold in the restored data.
+    # Restored data may have rows of an earlier hold.
     await connection.execute(delete(HoldRelease))
     await connection.execute(delete(HeldSend))
     sending = select(EmailJob.id).where(in_state(JobState.SENDING))

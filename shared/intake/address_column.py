@@ -1,9 +1,9 @@
 """Finds the column of the addresses in a header. Pure.
 
 Programs name it differently: `E-mail 1 - Value`, `E-Mail-Adresse`, `Courriel`, `Primary Email`. A
-name says e-mail if it has a word for it, and besides only words that describe an address or its
-owner. So `Email Opt-In` and `E-mail 1 - Type` do not say it. Such names go before `recipient` and
-`to`, which may hold names and dates.
+name is for e-mail addresses if it has a word for e-mail, and all its other words describe an
+address or its owner. So `Email Opt-In` and `E-mail 1 - Type` are not. Such names take precedence
+over `recipient` and `to`, which may hold names and dates.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _only(columns: Sequence[str], names: Sequence[str], found: Sequence[int]) ->
 
 
 def _rank(name: str) -> tuple[int, int] | None:
-    """Return how well a variable name says that the column has the addresses, or None."""
+    """Return how clearly a variable name means the column of the addresses; None if it does not."""
     if name == "email":
         return _EXACT, 0
     if name in _WHOLE:

@@ -34,7 +34,8 @@ _PRIVATE_LABELS = frozenset({"local", "test"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SEPARATORS = re.compile(r"[\s,;|]+")
 _NOT_IN_ADDRESS = re.compile(r"[<>\s]")
-# White space that people paste around an address. Line breaks are excluded: they end a header.
+# White space that people paste around an address. Line breaks are not among it, because they end a
+# header.
 _PASTED_SPACE = " \t\u00a0\u200b\ufeff"
 _MAX_SHOWN = 80
 
@@ -54,7 +55,7 @@ class BadAddress(ValueError):
 def check_address(text: str, *, special_domains: bool = True) -> str:
     """Return the address in `text`, trimmed and with its domain in lower case.
 
-    Without `special_domains`, those of private networks are refused too.
+    Without `special_domains`, domains of private networks are refused too.
 
     Raises:
         BadAddress: there is no address, more than one, or an invalid one.

@@ -48,7 +48,8 @@ class BatchOptions:
     expire_after_ms: int | None = None
     # None means that `spacing_ms` sets the times.
     spread_until: datetime | None = None
-    # How the header of a CSV calls the column of the addresses. Empty means that its name tells.
+    # The name of the column of the addresses in the header of a CSV. Empty means to find it by its
+    # name.
     email_column: str = ""
     # How many lines of a CSV are before its header.
     skip_lines: int = 0
@@ -80,7 +81,8 @@ class BatchOptions:
                 int(self.mode),
                 self.time_zone,
                 self.expire_after_ms,
-                # Only if they are set, so that batches from before the options keep their digests.
+                # These are included only if they are set, so that batches from before these options
+                # keep their digests.
                 *([self.spread_until.isoformat()] if self.spread_until else []),
                 *([{"email_column": self.email_column}] if self.email_column else []),
                 *([{"skip_lines": self.skip_lines}] if self.skip_lines else []),

@@ -17,7 +17,7 @@ _REST_OF_QUOTED: Final = re.compile(r'[^"]*+(?:""[^"]*+)*+')
 
 
 class HeaderCandidate:
-    """The header as it is with one of the possible separators."""
+    """The header as one of the possible separators would split it."""
 
     def __init__(self, separator: str) -> None:
         self.separator = separator
@@ -68,7 +68,7 @@ def _names_addresses(cells: Sequence[str], email_column: str) -> bool:
         names = [variable_name(column) for column in columns]
         return find_email_column(columns, names, email_column) is not None
     except InvalidInput:
-        # Two of them.
+        # Two columns name the addresses.
         return True
 
 

@@ -29,14 +29,15 @@ from outbox_server.shared.intake.address_column import find_email_column, no_ema
 from outbox_server.shared.intake.csv_header import HeaderCandidate, choose
 from outbox_server.shared.templates.batch import variable_name
 
-# The column of a row's time zone. The second name is of older files; a file has one of them.
+# The names of the column with a row's time zone. The second name occurs in older files; a file may
+# have only one of them.
 ZONE_NAMES = ("time_zone", "timezone")
 _SEPARATORS = ",;\t|"
 # The line in which Excel names the separator, before the header.
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # The mark by which DOS ended a text file, and which some programs still write.
 _END_OF_FILE = "\x1a"
-# More of these marks and of blanks at the end of a text are taken for data.
+# If more of these marks and blanks end a text, they count as data.
 _MOST_AT_THE_END = 4096
 # What a line of empty cells consists of.
 _EMPTY_LINE = f'{_SEPARATORS}" \r\n\u00a0'
@@ -49,8 +50,8 @@ _HEADER_TOO_LONG = (
     f"the header must have at most {MAX_HEADER:,} characters; "
     "check that the first line has the names of the columns"
 )
-# The last line that the csv module gets. The input has no NUL, so no row looks like it. If this
-# line became part of another row, a quote is still open.
+# The last line that the csv module gets. The input has no NUL, so no row equals it. If it became
+# part of another row, a quote is still open.
 _END = "\0"
 _FINAL = ((b"", True),)
 
@@ -100,8 +101,8 @@ class _BadText(Exception):
 def read_csv(chunks: Iterator[bytes], email_column: str = "", skip_lines: int = 0) -> CsvTable:
     """Read the header of a CSV. The rows are read as they are needed.
 
-    `email_column` names the column of the addresses; if it is empty, its name tells. `skip_lines`
-    is the number of lines before the header.
+    `email_column` names the column of the addresses; if it is empty, the column is found by its
+    name. `skip_lines` is the number of lines before the header.
 
     Raises:
         InvalidInput: CSV_EMPTY, CSV_HEADER_TOO_LONG, CSV_NO_EMAIL_COLUMN, CSV_DUPLICATE_COLUMN,
@@ -131,13 +132,14 @@ def read_csv(chunks: Iterator[bytes], email_column: str = "", skip_lines: int = 
 
 
 class _Progress:
-    """Knows whether the line that marks the end has been read, and how much text is read."""
+    """Whether the line that marks the end has been read, and how much text was read."""
 
     __slots__ = ("before_row", "reached", "read")
 
     def __init__(self) -> None:
         self.reached = False
-        # Characters that the csv module got: in all, and before the row that it reads.
+        # The number of characters that the csv module got: in all, and before the row that it is
+        # reading.
         self.read = self.before_row = 0
 
     def mark(self) -> Iterator[str]:

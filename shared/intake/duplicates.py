@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-# Pages beyond this go to an unnamed file. The system deletes it when the process ends.
+# The memory of the cache. Further pages go to an unnamed file, which the system deletes when the
+# process ends.
 _CACHE_KIB = 16 * 1024
 
 

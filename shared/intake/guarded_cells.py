@@ -14,8 +14,8 @@ _SIGNS: Final = r"=+\-@\t\r\uff1d\uff0b\uff0d\uff20"
 _FORMULA: Final = re.compile(rf"[{_SIGNS}]")
 # These begin like a formula, but are numbers and addresses: `+49 30 1234`, `-5`, `+x@b.org`.
 _HARMLESS: Final = re.compile(r"[+-][0-9 ().,/-]*|[+-][\w.+-]*@[\w.-]+", re.ASCII)
-# What is read differently without a guard: a formula, a text that begins as if it had a guard, and
-# spaces at the beginning or end.
+# Cells that would be read differently without a guard: a formula, a text that begins like a guard,
+# and spaces at the beginning or end.
 _AMBIGUOUS: Final = re.compile(rf"'*[{_SIGNS}\s]|.*\s\Z", re.DOTALL)
 
 

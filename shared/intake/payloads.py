@@ -187,7 +187,8 @@ class RowsPayload:
             row = RawRow(*given)
             # Sorted, because a map has no order.
             hashed: list[Any] = [row.email, sorted(row.columns.items())]
-            # Only if they are set, so that batches from before them keep their digests.
+            # They are included only if they are set, so that batches from before these fields keep
+            # their digests.
             if row.external_id or row.labels:
                 hashed += [row.external_id, sorted(row.labels.items())]
             self._digest.update(json.dumps(hashed).encode())

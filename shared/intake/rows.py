@@ -35,7 +35,7 @@ from outbox_server.shared.templates.batch import (
 from outbox_server.shared.templates.checking import SHORT_CELL, doubtful_column
 
 _BLOCK_SIZE = 5_000
-# Limits the memory of a block, because a cell may be long.
+# The most characters of a block. It limits memory, because a cell may be long.
 _BLOCK_CHARACTERS = 4 * 1024 * 1024
 _ABSENT = -1
 # The number of column names whose variable names are cached, since rows repeat the same columns.
@@ -353,7 +353,7 @@ class _Checks:
             if len(cell) > SHORT_CELL or LINE_BREAK.search(cell):
                 doubtful = True
                 break
-        # Only a rendered subject shows whether it is too long, or has a line break within.
+        # Whether a subject is too long, or has a line break, can be seen only when it is rendered.
         if doubtful:
             try:
                 self._template.render_subject(

@@ -46,7 +46,7 @@ def check_time_zone(name: str) -> tzinfo:
     Raises:
         BadScheduleTime: UNKNOWN_TIME_ZONE.
     """
-    # A text that is too long must not get into the cache.
+    # A long text must not get into the cache.
     zone = _zone(name) if len(name) <= TIME_ZONE.most else None
     if zone is None:
         raise BadScheduleTime(
@@ -130,7 +130,7 @@ def _zone(name: str) -> tzinfo | None:
         return None
     try:
         return ZoneInfo(name)
-    # Also a folder, a file that is not a zone, or a name that contains `..`.
+    # It may also be a folder, a file that is not a zone, or a name that contains `..`.
     except (KeyError, ValueError, OSError):
         return None
 

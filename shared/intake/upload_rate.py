@@ -1,4 +1,4 @@
-"""Ends uploads that are slower than a least rate. They would keep others from their places."""
+"""Ends uploads that are slower than a least rate, because they hold places that others need."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LeastRate:
 
         This is a token bucket of time. It starts full, with `patience`. Waiting drains it. Each
         message refills it by the time that its bytes take at the least rate. So a fast start does
-        not permit hours at one byte per second.
+        not allow hours at one byte per second afterwards.
 
         Raises:
             Unavailable: UPLOAD_STALLED: nothing arrived for `patience`; UPLOAD_TOO_SLOW.

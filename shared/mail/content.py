@@ -124,7 +124,7 @@ _BATCHES: Final = (
     .join(Sender, Sender.id == Batch.sender_id)
     .where(Batch.id == func.any(bindparam("batches", type_=ARRAY(BigInteger))))
 )
-# What each mail of a new batch needs. By psycopg alone, it takes a tenth of the time.
+# Reads what the mails of a new batch need. Run by psycopg alone, it takes a tenth of the time.
 READ_BATCHES: Final = FrequentStatement(_BATCHES)
 _NAMES: Final = [str(column.key) for column in _BATCHES.selected_columns]
 

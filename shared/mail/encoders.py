@@ -18,7 +18,7 @@ GOOD_LINE = 78
 _WORD_BYTES = 45
 # The first word shares its line with the header's name.
 _FIRST_WORD_BYTES = 42
-# More than a character has.
+# More bytes than a character has.
 _LEAST_WORD_BYTES = 6
 _ENCODED_LINE = 76
 # The bytes around the base64 of a word, and between two words.

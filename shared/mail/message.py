@@ -41,7 +41,7 @@ _LONGEST_QUOTED_NAME = 60
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-# Only this header tells a test from other mail, so that it is shown and judged as they are.
+# Only this header distinguishes a test from other mail, so that both are treated alike.
 TEST_HEADER: Final = "X-Outbox-Test: true\r\n"
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from outbox_server.shared.templates.worker import (
 
 
 class MailRequest(NamedTuple):
-    """The parts of a mail. A tuple is a list after decoding."""
+    """The parts of a mail. Decoding turns tuples into lists."""
 
     subject: str | None
     body: str | None

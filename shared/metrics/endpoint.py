@@ -1,7 +1,7 @@
 """Serves metrics over HTTP, from the event loop of the process.
 
-The server of prometheus_client has a thread for each connection and no time limits, and what is
-read from the stores at a scrape needs the event loop anyway. A request here has one answer on a
+The server of prometheus_client has a thread for each connection and no time limits. And the reads
+from the stores at a scrape need the event loop anyway. A request here has one answer on a
 connection of its own, within bounds.
 """
 
@@ -22,8 +22,8 @@ from outbox_server.shared.listening import check_listen_address, host_and_port
 
 VARIABLE: Final = "OUTBOX_METRICS_LISTEN"
 _MAX_HEAD_BYTES: Final = 8 * 1024
-# The most connections at once, of all addresses and of one. Further ones are closed without an
-# answer. A scraper needs one. A peer that opens many does not keep a scraper elsewhere out.
+# The most connections at once, in all and of one address. Further ones are closed without an
+# answer. A scraper needs one, and one address cannot use up the connections of all.
 CONNECTIONS: Final = 64
 CONNECTIONS_OF_ONE_ADDRESS: Final = 8
 _LIMIT: Final = timedelta(seconds=10)
@@ -98,7 +98,7 @@ class MetricsEndpoint:
                 # Wait until the client has read the answer, or the limit ends.
                 await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # the client left, is too slow, or speaks something else
+            pass  # the client left, is too slow, or does not speak HTTP
         finally:
             # After `close` alone, the connection stays open until the client has read everything.
             writer.transport.abort()
@@ -113,7 +113,7 @@ class MetricsEndpoint:
             return _response("405 Method Not Allowed", b"use GET\n")
         if path != b"/metrics":
             return _response("404 Not Found", b"the metrics are at /metrics\n")
-        # One scrape at a time: several would only ask the stores the same.
+        # One scrape at a time, because several would ask the stores the same questions.
         async with self._refreshing:
             await self._refresh()
             body = generate_latest(self._registry)

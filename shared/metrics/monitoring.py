@@ -32,7 +32,8 @@ class Monitoring:
         Raises:
             ConfigurationError: OUTBOX_METRICS_LISTEN is not `host:port`.
         """
-        # A second sample with the start time of each counter, which nothing here uses.
+        # They would be a second sample of each counter, with its start time, which nothing here
+        # uses.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)

@@ -18,7 +18,7 @@ _SILENT = ReadyJobs(complete=False, count=0, age=timedelta(0))
 
 
 class ReadyJobsCollector(Collector):
-    """Shows the ready jobs of all shards. Without an answer of Redis there are no samples.
+    """Shows the ready jobs of all shards. If Redis does not answer, there are no samples.
 
     A shard that does not answer while others do counts as incomplete, without jobs.
     """

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram
 
 # A stall of this length or more is always seen. Ten wake-ups a second cost 0.05 % of a core.
 _INTERVAL: Final = timedelta(milliseconds=100)
-# The gauge shows the longest stall of this time or up to twice as long, so that several scrapers
-# see it, whenever they come.
+# The gauge shows the longest stall within this time, or up to twice this time, so that every
+# scraper sees it.
 _SPAN: Final = timedelta(minutes=1)
 _SECONDS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-# Seconds that a session may wait for a token: another process may have to ask first.
+# Seconds that a session may wait for a token. Another process may be requesting one.
 WAIT_LIMIT_S: Final = 30.0
 
 

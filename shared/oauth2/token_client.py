@@ -27,7 +27,7 @@ from outbox_server.shared.tls import TlsContexts
 # Limit of the whole exchange, from the look-up of the name to the last byte.
 LIMIT: Final = timedelta(seconds=10)
 MAX_ANSWER_BYTES: Final = 64 * 1024
-# Of its head, and of the lengths of its chunks.
+# The most bytes of the head of an answer, and of the lengths of its chunks.
 _MAX_HEAD_BYTES: Final = 32 * 1024
 
 
@@ -80,8 +80,8 @@ class TokenClient:
     async def request(self, wanted: TokenRequest) -> Grant | Failure:
         """Return an access token or the reason why there is none, within the limit."""
         host = urlsplit(wanted.token_url).hostname or ""
-        # Built at the first request, as it takes tens of milliseconds and most installations have
-        # no sender with OAuth 2.0.
+        # Built at the first request, because it takes tens of milliseconds, and most installations
+        # have no sender with OAuth 2.0.
         tls = await self._tls.context_for("")
         try:
             async with asyncio.timeout(self._limit.total_seconds()):

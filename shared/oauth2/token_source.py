@@ -61,7 +61,8 @@ class TokenSource:
         self._secrets = secrets
         self._client = client
         self._lease = lease
-        # By the id of the credentials, so that senders do not wait for each other.
+        # The requests in progress by the id of the credentials, so that senders do not wait for
+        # each other.
         self._renewals: dict[int, asyncio.Task[None]] = {}
 
     async def token(self, ref: OAuth2Ref, *, refused: str | None = None) -> str:
@@ -83,7 +84,7 @@ class TokenSource:
                 stored = await self._read(ref)
                 token = self._usable(stored, refused)
             elif not (stored.fresh or stored.leased or stored.failure):
-                # In the background, because the current token is still valid.
+                # The request runs in the background, because the current token is still valid.
                 self._renewal(ref, stored.version)
         except TokenUnavailable:
             raise

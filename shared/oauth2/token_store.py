@@ -141,7 +141,7 @@ async def store_token(
 ) -> bool:
     """Store an access token, and the refresh token that came with it, in one statement.
 
-    The first to store wins, even if its lease has ended, so that a token is not thrown away.
+    The first process to store a token wins, even if its lease has ended, so that no token is lost.
     Returns False if another process was first, or if the credentials were replaced.
     """
     values = {

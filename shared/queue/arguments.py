@@ -29,7 +29,7 @@ def _contact(settlement: Settlement) -> str:
 
 
 def _cooldown(settlement: Settlement) -> int | None:
-    """Return the ms to the next probe, as settle.lua reads them. A time that is over is 1 ms."""
+    """Return the ms to the next probe, as settle.lua reads them; 1 for a time in the past."""
     if settlement.cooldown is None:
         return None
     return max(1, ms(settlement.cooldown)) if settlement.cooldown else 0

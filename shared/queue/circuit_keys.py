@@ -11,11 +11,12 @@ from cachetools import LRUCache
 from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.secrets import SecretBox
 
-# The relay of OUTBOX_SMTP_URL, which all users share. A constant, so that a scheduler need not know
-# the URL. The circuit scripts know this name too.
+# The relay of OUTBOX_SMTP_URL, which all users share. It is a constant, so that a scheduler need
+# not know the URL. The circuit scripts also use this name.
 RELAY: Final = "relay"
 _PURPOSE: Final = b"outbox circuits"
-# Passwords whose digest is kept: a head is loaded far more often than its password changes.
+# The number of passwords whose digest is kept. A head is loaded far more often than its password
+# changes.
 _KEPT_DIGESTS: Final = 10_000
 
 
@@ -30,9 +31,9 @@ def shard_key(user_id: str) -> int:
 
 
 def relay_key(user_id: str) -> str:
-    """Return the key of the relay as the mail of one user meets it.
+    """Return the relay's key for the mail of one user.
 
-    Failures that the user's mail may have caused count for this key alone.
+    Failures that the user's mail may have caused count only for this key.
     """
     return f"{RELAY}:{user_key(user_id)}"
 
@@ -63,9 +64,9 @@ class CircuitKeys:
     ) -> str:
         """Return the key of a sender's endpoint. `password` is encrypted.
 
-        The user and the credentials are part of the key. So whoever names another user's server and
-        account, or a wrong password, has a circuit, connections and learned limits of their own. A
-        new password gives a new key. Senders of one user with the same account and password have
+        The user and the credentials are part of the key. So a user who names another user's server
+        and account, or a wrong password, has a circuit, connections and learned limits of its own.
+        A new password gives a new key. Senders of one user with the same account and password have
         one key. OAuth 2.0 credentials belong to one sender, so its key is its own.
         """
         if self._override or host is None or port is None:
@@ -77,7 +78,7 @@ class CircuitKeys:
         return blake2s("\0".join((*account, credentials)).encode(), digest_size=12).hexdigest()
 
     def _digest(self, encrypted: bytes) -> str:
-        """Return a keyed digest of a password, against which nobody can test a guess offline."""
+        """Return a keyed digest of a password, so that nobody without the key can test a guess."""
         digest = self._digests.get(encrypted)
         if digest is None:
             try:

@@ -1,8 +1,8 @@
 """By how much Redis' clock is ahead of PostgreSQL's, from readings of both.
 
-PostgreSQL's clock decides when a mail is due, and Redis hands out the mail. The first reading is
-always Redis', so a difference is never larger than the true one: a claim may be too early, which
-PostgreSQL notices, and it is never late by a slow answer of a store.
+PostgreSQL's clock decides when a mail is due, and Redis hands out the mail. Redis' clock is always
+read first, so a difference is never larger than the true one. So a claim may be too early, which
+PostgreSQL notices, but a slow answer of a store never makes it late.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from collections import deque
 from typing import Final
 
-# The largest difference within this time counts: the other readings took longer. So a clock that
-# was corrected delays mail for this time at most.
+# The largest difference within this time counts, because other readings took longer. So a clock
+# that was corrected delays mail for at most this time.
 _KEPT_S: Final = 60.0
 _MOST: Final = 100
 

@@ -3,10 +3,10 @@
 All keys of a shard are in one slot, so each shard has a client of its own, whose connections lead
 to the node that owns the slot. A node that cannot be reached delays its own shards only.
 
-redis-py's RedisCluster is not used. After some errors of one node it closes the connections to all,
-also those with a call in progress; and it follows a redirection of type ASK on another connection
-than the one that announced it. Here ASK is an error: while a slot is being moved, its shard waits,
-since scripts cannot run on keys of which some are on one node and some on the other.
+redis-py's RedisCluster is not used. After some errors of one node it closes the connections to all
+nodes, even those with a call in progress; and it follows an ASK redirection on another connection
+than the one that announced it. Here ASK is an error. While a slot is being moved, its shard waits,
+because scripts cannot run on keys that are on two nodes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEMES: Final = ("redis+cluster://", "rediss+cluster://")
 _FORM: Final = "redis+cluster://[user:password@]host:6379[,host:6379...]"
 _PORT: Final = 6379
 _SLOTS: Final = 16_384
-# A new map of the slots is searched for no longer than this, over all nodes.
+# The longest time that the search for a new map of the slots takes, over all nodes.
 _SEARCH_LIMIT_S: Final = 5.0
 
 
@@ -86,7 +86,7 @@ class ClusterMap:
         return list({each.nodes[0]: each.first for each in self._ranges}.values())
 
     def doubt(self, address: Address) -> None:
-        """Ask for a new map before the next connection, this node last."""
+        """Ask for a new map before the next connection, and ask this node last."""
         self._doubted.add(address)
         self._stale = True
 
@@ -102,7 +102,7 @@ class ClusterMap:
     async def _renew(self, slot: int) -> None:
         known = dict.fromkeys(chain.from_iterable(each.nodes for each in self._ranges))
         asked = [*known, *(host for host in self._hosts if host not in known)]
-        # In another order each time, since a node that is cut off has an old map.
+        # The order differs each time, because a node that is cut off has an old map.
         random.shuffle(asked)
         asked.sort(key=lambda address: address in self._doubted)
         failure: BaseException = ClusterDownError(f"CLUSTERDOWN no node owns slot {slot}")
@@ -160,7 +160,7 @@ class SlotPlace:
 
 
 class ClusterClient(FollowingClient):
-    """The clients of the slots, one for each that is used; itself that of the first shard."""
+    """The clients of all slots in use. It is itself the client of the first shard's slot."""
 
     def __init__(self, cluster: ClusterMap, make_pool: Callable[[int], FollowingPool]) -> None:
         self._cluster = cluster

@@ -66,7 +66,7 @@ def connect(settings: Settings, *, listening: bool = False) -> FollowingClient:
         # Only a connection object shows which values redis-py accepts. It does not connect.
         pool.make_connection()
     except (ValueError, TypeError, RedisError):
-        # Its text may have the password.
+        # The error's text may contain the password.
         raise ConfigurationError(
             f"OUTBOX_REDIS_URL: redis-py does not accept it; write {REDIS_FORM}"
         ) from None

@@ -1,4 +1,4 @@
-"""Connections that leave a server which no longer serves, and follow its duty to another server.
+"""Connections that leave a server which no longer serves, and find the server that replaced it.
 
 A primary may be demoted, or lose its slots, while its connections stay open. It then refuses what
 it is asked. After such a reply all connections to it are closed, those in use after their call, and
@@ -33,8 +33,8 @@ from outbox_server.shared.store_trouble import refusal_of
 _LEFT_AFTER: Final = frozenset(
     ("READONLY", "MASTERDOWN", "MOVED", "CLUSTERDOWN", "OOM", "LOADING", "MISCONF", "NOREPLICAS")
 )
-# A server that is the only one is left again and again while it does not serve: the pause between
-# two departures doubles from the first to the last, and starts anew after the reset.
+# If there is no other server, a server that does not serve is left again and again. The pause
+# between two departures doubles from the first value to the last, and starts anew after the reset.
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 4.0
 _RESET_S: Final = 10.0
@@ -76,7 +76,7 @@ class _Following(AbstractConnection):
         try:
             await super().send_packed_command(*args, **options)
         except RuntimeError as error:
-            # uvloop's, which redis-py does not expect, if the connection was reset before.
+            # An error of uvloop that redis-py does not expect: the connection was reset before.
             raise RedisConnectionError(f"the connection to Redis was lost ({error})") from error
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
@@ -91,15 +91,15 @@ class _Following(AbstractConnection):
 
 
 class FollowingConnection(_Following, Connection):
-    """One by TCP."""
+    """A connection by TCP."""
 
 
 class FollowingSSLConnection(_Following, SSLConnection):
-    """One by TLS."""
+    """A connection by TLS."""
 
 
 class FollowingUnixConnection(_Following, UnixDomainSocketConnection):
-    """One to a socket of this machine."""
+    """A connection to a Unix socket."""
 
 
 _CLASSES: Final[dict[type[AbstractConnection], type[_Following]]] = {
@@ -110,9 +110,9 @@ _CLASSES: Final[dict[type[AbstractConnection], type[_Following]]] = {
 
 
 class FollowingPool(ConnectionPool):
-    """The connections to one server, or to whichever server has its duty.
+    """The connections to one server, or to the server that replaced it.
 
-    Without a `place`, its server is the one of the URL.
+    Without a `place`, the server is always that of the URL.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class FollowingPool(ConnectionPool):
         self._pause = _FIRST_PAUSE_S
 
     def found(self, address: Address) -> None:
-        """Leave the server that had the duty before, if the place names another one now."""
+        """Leave the former server if the place names another one now."""
         if self._address not in (None, address):
             self._depart()
         self._address = address
@@ -215,7 +215,7 @@ class FollowingClient(Redis):
 
 
 def _mark(connection: AbstractConnection) -> None:
-    """Let it be closed after its call; the next call opens it again."""
+    """Let a connection be closed after its call; the next call opens it again."""
     mark: Any = connection.mark_for_reconnect
     mark()
 

@@ -41,7 +41,7 @@ def parse_hosts_url(url: str, form: str, port: int, parameters: frozenset[str]) 
     Raises:
         ConfigurationError: it is malformed; the text does not contain it, as it has a password.
     """
-    # Not urlsplit, which takes several hosts with an IPv6 address among them for one.
+    # urlsplit would take several hosts, one of them with an IPv6 address, for one host.
     parts = _URL.fullmatch(url)
     if parts is None:
         raise malformed("the URL is malformed", form)

@@ -13,13 +13,14 @@ from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserSendLimit
 class LimiterState:
     """The current state of the limits of a sender, or of a user.
 
-    A time that is over is zero or negative.
+    A time in the past is zero or negative.
     """
 
     in_flight: int
     gap_left: timedelta
     window_left: timedelta
-    # How long ago a dispatcher claimed the job that was asked about. None means that none has it.
+    # How long ago a dispatcher claimed the job that was asked about. None means that no dispatcher
+    # has it.
     claimed_for: timedelta | None = None
     # The sender waits because its user may have no more of a dispatcher's slots.
     parked: bool = False

@@ -1,8 +1,8 @@
 """One connection that carries many calls at once: each is written soon, replies come in order.
 
 redis-py gives each call a connection of its own for as long as the call takes, and several tasks
-and time limits. Here a call costs one write and one future. redis-py's connection still does what
-happens once: the address, TLS, the login and the database. Then this module takes its transport.
+and time limits. Here a call costs one write and one future. redis-py still opens the connection
+(address, TLS, login, database). Then this module takes over its transport.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Written:
         self.at = at
         self.future = future
         self.replies: list[Any] = []
-        # The caller has its answer. Replies that still come are only counted.
+        # The caller has its answer already. Replies that still come are only counted.
         self.given_up = False
 
 
@@ -65,9 +65,9 @@ class PipelinedConnection(asyncio.Protocol):
         """
         private: Any = connection
         if private._writer.transport.is_closing():  # noqa: SLF001 - it has no public name
-            # Nobody may be told any more that it has ended.
+            # The end of the connection can no longer be reported to anybody.
             raise RedisConnectionError("the connection to Redis was lost at once")
-        # A later redis-py must not close them, and the garbage collector neither.
+        # Neither a later redis-py nor the garbage collector may close them.
         self._streams = private._reader, private._writer  # noqa: SLF001 - it has no public name
         private._reader = private._writer = None  # noqa: SLF001
         self._transport: asyncio.Transport = self._streams[1].transport
@@ -83,16 +83,16 @@ class PipelinedConnection(asyncio.Protocol):
         self._limit_s: float | None = connection.socket_timeout
         self._pool = pool
         self._departures = pool.departures
-        # None with a socket of this machine.
+        # None for a Unix socket.
         self._address: Address | None = None
         if pool.place is not None:
             self._address = private.host, private.port
         self._on_replies = on_replies
         self._on_lost = on_lost
         self._waiting: deque[_Written] = deque()
-        # Since when the first of them has been the first, or has been given up.
+        # When the first of them became the first, or was given up.
         self._first_since = 0.0
-        # Commands that are sent once the tasks that run now have added theirs.
+        # Commands that are sent once all tasks that run now have added their own.
         self._unsent: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
@@ -105,7 +105,7 @@ class PipelinedConnection(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """Whether further calls may use it. Not after its server was left."""
+        """Whether further calls may use it. They may not after its server was left."""
         return not (
             self._ended
             or self._retired
@@ -125,8 +125,8 @@ class PipelinedConnection(asyncio.Protocol):
     def write(self, commands: bytes, count: int) -> asyncio.Future[list[Any]]:
         """Send `count` commands in one piece. Returns their replies.
 
-        Errors are among the replies: those of the server, and `NoReplyError`. Nobody needs to wait
-        for the future: the replies of others stay in their order.
+        The replies include errors: those of the server, and `NoReplyError`. The future may be
+        ignored: the replies of others stay in order.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         now = self._loop.time()
@@ -212,16 +212,16 @@ class PipelinedConnection(asyncio.Protocol):
         """Return until when the first call may wait for its reply.
 
         Replies come in order, so a call waits for those before it. Its time begins when it is the
-        first, but ends at twice the limit after it was sent. A call that was given up has the same
-        time once more, because its late reply would free those behind it.
+        first, but ends at twice the limit after it was sent. A call that was given up gets the same
+        time once more, because its late reply would free the calls behind it.
         """
         first = self._waiting[0]
-        # That of a call that was given up has passed.
+        # The time of a call that was given up has passed.
         waits = self._waiting[1] if first.given_up else first
         return min(max(first.at, self._first_since) + limit_s, waits.at + 2 * limit_s)
 
     def _check_limit(self) -> None:
-        """Give up the first call if it is overdue, and with it all others if it was given up."""
+        """Give up the first call if it is overdue. If it was given up before, give up all calls."""
         self._timer = None
         if not self._waiting or self._limit_s is None:
             return

@@ -1,4 +1,4 @@
-"""Where a client's server is, and who knows it."""
+"""Finds the server of a client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Place(Protocol):
         """Note that the server at this address cannot be reached, or does not serve."""
 
     def moved(self, address: Address) -> None:
-        """Note that the server said that its duty is at this address."""
+        """Note the address of the server that has taken over, as the former one named it."""
 
     async def aclose(self) -> None:
         """Close what it uses itself."""

@@ -50,11 +50,12 @@ _LOAD_PATIENCE = timedelta(seconds=5)
 DEFAULT_BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 # The largest share of a wait that is added to it at random.
 _JITTER = 0.1
-# Senders of which `count_ready_jobs` counts the jobs, about 10 us each.
+# The number of senders whose jobs `count_ready_jobs` counts, in about 10 us each.
 _MOST_EXAMINED = 200
 # How long one script of a load may block Redis, in us. A longer history is loaded by itself.
 _LONGEST_LOAD = 2_000
-# Must be longer than one part of a rebuild takes. After a crash, no rebuild starts for this long.
+# The lock of a rebuild lasts this long. One part must take less. After a crash, no rebuild starts
+# before its end.
 _REBUILD_LOCK = timedelta(seconds=10)
 
 
@@ -160,7 +161,7 @@ class Queue:
         )
 
     async def confirm(self, claims: Sequence[Claim]) -> list[bool]:
-        """Return for each claim whether it still holds (see confirm.lua for the race)."""
+        """Return for each claim whether its lease still exists (confirm.lua describes the race)."""
         args: list[Any] = [self._window]
         for claim in claims:
             args += (claim.sender_id, member_of(claim.job), claim.lease_ms)
@@ -238,9 +239,9 @@ class Queue:
     async def begin_load(self, sender_ids: Sequence[int], *, committed: bool) -> dict[int, str]:
         """Return the epoch of each sender (see `brings_history`).
 
-        `committed` means that the caller has just committed something that the load must see, so
-        a load in progress, which may have read too early, is refused. A sender that Redis has no
-        memory for is missing from the result.
+        `committed` means that the caller has just committed something that the load must see, so a
+        load in progress, which may have read too early, is refused. A sender for which Redis has no
+        memory is missing from the result.
         """
         args = (int(committed), *sender_ids)
         life, *epochs = await self._run("begin_load", (self.keys.ready,), args)
@@ -256,7 +257,7 @@ class Queue:
                 for head in part:
                     args += (epochs[head.sender_id], head_arg(head))
                 await self._scripts["load_head"](keys=[self.keys.ready], args=args, client=pipeline)
-                # Each part takes some ms of this process.
+                # Other tasks run between two parts, each of which takes some ms.
                 await asyncio.sleep(0)
             answers = await pipeline.execute() if heads else []
         for refused, changes in answers:
@@ -383,11 +384,11 @@ class Queue:
     def _found(self, life: str) -> None:
         if life != self.life:
             self.life = life
-            # It may have begun because the clock stepped back.
+            # The life may have begun because the clock stepped back.
             self._ahead = ClockDifference()
 
     def learn_clocks(self, redis_ms: int, postgres_ms: int) -> None:
-        """Note what Redis' clock showed, and then PostgreSQL's. A claim compares due times so."""
+        """Note a time of Redis' clock, and then one of PostgreSQL's. Claims use the difference."""
         self._ahead.learn(redis_ms - postgres_ms)
 
     async def leave_server(self) -> None:

@@ -54,7 +54,7 @@ class Claim:
     due_ms: int
     # The sender cools down, and this job is its probe.
     probe: bool = False
-    # The limit that made it wait after it was due, as a name of WaitReason. Empty if none did.
+    # The limit that delayed it after it was due, as a name of WaitReason. Empty if none did.
     delayed_by: str = ""
     # The key of the user who owns the sender. Empty if the last load did not know it.
     user: str = ""
@@ -76,9 +76,10 @@ class Claimed:
     claims: tuple[Claim, ...] = ()
     # Senders whose head must be loaded.
     loads: tuple[int, ...] = ()
-    # Senders wait because their user may have no more.
+    # Some senders wait because their user may have no more.
     parked: bool = False
-    # Time until something may be claimed next. None means not before something is added.
+    # Time until something may be claimed next. None means that nothing can be claimed until
+    # something is added.
     next_look: timedelta | None = None
     # Redis was lost, and no dispatcher has begun the next life of the shard yet.
     provisional: bool = False
@@ -165,9 +166,10 @@ class Head:
     opening: tuple[int, int] | None = None
     # Time to the next probe of the sender's cooldown. None means that it does not cool down.
     cooldown: timedelta | None = None
-    # When the sender's pause ends, or has ended, by itself, in Unix ms. 0: it has no such pause.
+    # When the sender's pause ends, or has ended, by itself, in Unix ms. 0 means that it has no such
+    # pause.
     paused_until_ms: int = 0
-    # Time until the head must be loaded again in any case. None: never.
+    # Time until the head must be loaded again in any case. None means never.
     wake: timedelta | None = None
 
 
@@ -200,9 +202,9 @@ class ReadyJobs:
 
 @dataclass(frozen=True, slots=True)
 class UpcomingJobs:
-    """Jobs of a shard that may be sent soon, one of a sender. A hint: nothing is promised of them.
+    """Jobs of a shard that may be sent soon, one per sender. They are a hint and may be wrong.
 
-    `more`: others are known already. `after` and `skip` say where the next call begins.
+    `more` means that there are others. `after` and `skip` say where the next call begins.
     """
 
     job_ids: tuple[int, ...] = ()
@@ -212,7 +214,7 @@ class UpcomingJobs:
 
 
 def brings_history(epoch: str) -> bool:
-    """Whether a load with this epoch must restore the sender's history, which Redis lost."""
+    """Whether a load with this epoch must restore the sender's history, because Redis lost it."""
     return epoch.startswith("new:")
 
 

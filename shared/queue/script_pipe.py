@@ -1,8 +1,8 @@
 """Runs scripts over one connection at a time, however many tasks call them at once.
 
 The scripts of a claim, a confirmation and a settlement take Redis well under a millisecond each, so
-a connection of its own for each call in progress gains nothing. Scripts that take long, as loads
-do, use the pool instead: on this connection, all calls after them would wait.
+a connection of its own for each call in progress gains nothing. Scripts that take long, such as
+loads, use the pool instead, because all later calls on this connection would wait.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ScriptPipe:
     async def run(self, script: AsyncScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script and return its reply.
 
-        If this is cancelled, the script may run nevertheless.
+        If the call is cancelled, the script may still run.
 
         Raises:
             NoReplyError: it may or may not have run.
@@ -67,11 +67,11 @@ class ScriptPipe:
         return reply
 
     async def run_all(self, calls: Sequence[ScriptCall]) -> list[Any]:
-        """Send several calls in one write and return their replies, in their order.
+        """Send several calls in one write and return their replies in order.
 
-        Redis runs them in this order, and may run those of others in between. An error of one is
-        its reply, and the others run nevertheless. A script that Redis does not have runs after
-        them.
+        Redis runs them in this order, possibly with calls of others in between. If one fails, its
+        reply is the error, and the others still run. A script that Redis does not know yet runs
+        after the others.
 
         Raises:
             redis.exceptions.RedisError, OSError: none of them was sent.
@@ -111,7 +111,7 @@ class ScriptPipe:
         except (RedisError, OSError) as error:
             return [error] * len(calls)
         pairs = zip(replies[::2], replies[1::2], strict=True)
-        # If Redis refused to load it, that is the reason.
+        # If Redis refused to load a script, that error is the reason.
         return [load if isinstance(load, Exception) else reply for load, reply in pairs]
 
     async def _send(self, commands: bytes, count: int) -> list[Any]:

@@ -39,14 +39,14 @@ class PrimaryPlace:
     def __init__(self, manager: Sentinel, name: str) -> None:
         self._manager = manager
         self._name = name
-        # Those that were named and could not be reached, or did not serve.
+        # Addresses that sentinels named, and that could not be reached or did not serve.
         self._doubted: set[Address] = set()
 
     async def find(self) -> Address:
         """Return the address of the primary, asked for each time, so that it is never outdated.
 
         A sentinel that is cut off from the others may go on naming a former primary. So an address
-        that was doubted counts only if no sentinel names another one.
+        that was doubted is used only if no sentinel names another one.
         """
         sentinels = self._manager.sentinels
         found: list[Address] = []
@@ -61,7 +61,7 @@ class PrimaryPlace:
             if state and self._manager.check_master_state(state, self._name):
                 found.append((str(state["ip"]), int(state["port"])))
                 if found[-1] not in self._doubted:
-                    # The next time, it is asked first.
+                    # This sentinel is asked first the next time.
                     sentinels.remove(sentinel)
                     sentinels.insert(0, sentinel)
                     return found[-1]

@@ -1,4 +1,4 @@
-"""Checks that Redis serves: a script does in each shard what claims do, and leaves nothing."""
+"""Checks that Redis serves: in each shard, a script does what claims do and leaves no data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ async def check_serving(queues: Sequence[Queue]) -> None:
     """Check each shard by the connection of its claims, all at once.
 
     Raises:
-        redis.exceptions.RedisError, OSError: a shard cannot be used. If some can, the text says
-            which ones cannot.
+        redis.exceptions.RedisError, OSError: a shard cannot be used. If only some fail, the text
+            names them.
     """
     answers = await asyncio.gather(
         *(queue.check_serving() for queue in queues), return_exceptions=True

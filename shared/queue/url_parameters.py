@@ -16,14 +16,14 @@ _VARIABLE: Final = "OUTBOX_REDIS_URL"
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """What a parameter takes: the pattern of its values, and the same in words."""
+    """The values of a parameter: their pattern, and the same in words."""
 
     pattern: re.Pattern[str]
     words: str
 
 
 _NUMBER: Final = re.compile(r"\d{1,9}")
-# The words of redis-py, which takes any other text for "yes".
+# The words that redis-py knows. It takes any other text for "yes".
 _SWITCH: Final = _Values(re.compile(r"(?i:0|f|false|n|no|1|t|true|y|yes)"), "yes or no")
 _SECONDS: Final = _Values(
     re.compile(r"0{0,9}[1-9]\d{0,8}(\.\d{1,9})?|0?\.\d{0,8}[1-9]0{0,9}"), "a number of seconds"

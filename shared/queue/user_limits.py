@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class UserLimit:
-    """A limit for one claim. Users without one are not limited.
+    """A limit for one claim. Users without such a limit are not limited.
 
     `user` is the key of `circuit_keys.user_key`. `first` jobs are taken in the order in which
     senders have waited; further jobs, up to `most`, only if no other user's job is left.

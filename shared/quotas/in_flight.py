@@ -22,7 +22,7 @@ class CallsInFlight:
     """The calls in flight by user: those that run, and those that wait for a place."""
 
     def __init__(self) -> None:
-        # Only of users with a call in flight.
+        # Only users with a call in flight are in it.
         self._counts: Counter[tuple[str, CallGroup]] = Counter()
 
     @contextmanager

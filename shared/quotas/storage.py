@@ -174,7 +174,7 @@ async def check_suppressions(
     stored = owned_by(select(SuppressionCount.n), SuppressionCount.user_id, user_id)
     current = await connection.scalar(stored)
     if current is None:
-        # Once per user: from now on, triggers count.
+        # This happens once per user. From now on, triggers count.
         counted = owned_by(select(func.count()), Suppression.user_id, user_id)
         current = await connection.scalar(counted) or 0
         await connection.execute(

@@ -75,7 +75,7 @@ class Purger:
         try:
             removed = await self.purge_once()
         except RemovalBusy:
-            # Another process is removing rows already.
+            # Another process is already removing rows.
             return INTERVAL
         if removed != PurgedRows():
             _log.info(

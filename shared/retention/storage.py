@@ -54,13 +54,13 @@ _ADVISORY_LOCK: Final = 7_402_311_916
 _LOCK_LIMIT: Final = "1s"
 BEGINNING: Final = datetime(1, 1, 1, tzinfo=UTC)
 _KEY: Final = ("batch_id", "sender_id", "hour", "state")
-# The batch of counts whose batch was removed too.
+# The batch id in the counts of batches that were removed too.
 _REMOVED_BATCHES: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RemovedJobs:
-    """The rows that one transaction removed, and where the next one goes on; None at the end."""
+    """The rows that one transaction removed, and where the next one continues; None at the end."""
 
     jobs: int
     attempts: int
@@ -69,7 +69,7 @@ class RemovedJobs:
 
 @dataclass(frozen=True, slots=True)
 class RemovedBatches:
-    """The rows that one transaction removed, and where the next one goes on; None at the end."""
+    """The rows that one transaction removed, and where the next one continues; None at the end."""
 
     batches: int
     rejections: int
@@ -150,7 +150,7 @@ _REMOVE_JOBS: Final = _jobs_statement()
 
 
 async def enter(connection: AsyncConnection) -> bool:
-    """Begin a removal in this transaction. Return False if another process is removing."""
+    """Begin a removal in this transaction. Return False if another process is removing rows."""
     await connection.execute(select(func.set_config("lock_timeout", _LOCK_LIMIT, True)))
     return bool(await connection.scalar(select(func.pg_try_advisory_xact_lock(_ADVISORY_LOCK))))
 

@@ -9,7 +9,7 @@ from outbox_server.shared.listening import check_listen_address
 
 
 def check_address(variable: str, listen: str) -> None:
-    """Check that an address is `host:port` or `unix:path`; `variable` is where it comes from.
+    """Check that an address is `host:port` or `unix:path`; `variable` is its setting.
 
     Raises:
         ConfigurationError: it is neither.

@@ -1,4 +1,4 @@
-"""Completes an error about fields: what is wrong with those that mean the same in every request.
+"""Completes an error about fields with what is wrong in the fields that all requests share.
 
 A method checks its own fields, and these while it acts (the user, the ids, `request_id`). Whichever
 is wrong first ends the call. So that a caller learns everything at once, the interceptor of all
@@ -71,7 +71,7 @@ def _check(field: Any, request: Message) -> None:
 
 def _check_enum(field: Any, number: int) -> None:
     if number not in field.enum_type.values_by_number:
-        # The first value means unset.
+        # The first value of an enum means unset.
         *others, last = (value.name for value in field.enum_type.values[1:])
         wanted = f"{', '.join(others)} or {last}" if others else last
         raise InvalidInput.field(field.name, f"must be {wanted} (got {number})")

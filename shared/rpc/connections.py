@@ -1,4 +1,4 @@
-"""Limits the connections to a server: of all peers, of one peer, and the time of a handshake.
+"""Limits the connections to a server, in all and per peer, and the time of a handshake.
 
 gRPC limits the connections of all peers and the time of a handshake itself. It accepts connections
 in its own threads and cannot count them per peer. So this module looks at the process's sockets a
@@ -85,8 +85,8 @@ class ConnectionGuard:
 
     async def _run(self) -> None:
         while True:
-            # With fewer open files, no peer can have too many connections. Reading the folder takes
-            # a few microseconds, and so does each of its sockets.
+            # If fewer files are open, no peer can have too many connections. Reading the folder
+            # takes a few microseconds, and so does reading each socket.
             crowded = len(os.listdir(_FILES)) > self._per_peer  # noqa: PTH208 - names only
             if crowded:
                 await asyncio.to_thread(self._look)

@@ -24,8 +24,8 @@ AT_ONCE: Final = 16 * 1024
 # A part ends after this number of fields or bytes.
 _PART_FIELDS: Final = 500
 _PART_BYTES: Final = 64 * 1024
-# The most fields of a large message that are not entries of its lists: one that sets a number a
-# million times would take a second.
+# The most fields of a large message that are not entries of its lists. A message that sets a number
+# a million times would take a second.
 _MOST_SINGLE: Final = 10_000
 # The types of fields on the wire.
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
@@ -35,7 +35,7 @@ _UNPACKED: Final = (
     FieldDescriptor.TYPE_BYTES,
     FieldDescriptor.TYPE_MESSAGE,
 )
-# A number has up to ten bytes, and a tag or a size five. Those with this bit have more bytes.
+# The most bytes of a number, and of a tag or a size. A byte with this bit is followed by another.
 _MAX_VARINT: Final = 10
 _MAX_SHORT: Final = 5
 _MORE: Final = 0x80
@@ -45,7 +45,8 @@ class Decoder:
     """Decodes the requests of a server, one part of one request at a time."""
 
     def __init__(self) -> None:
-        # Requests take turns: otherwise many large ones would delay small calls as one at once.
+        # Requests take turns. Otherwise many large requests would delay small calls as much as one
+        # that is decoded in one piece.
         self._turn = asyncio.Lock()
 
     async def decode(self, kind: type[_Kind], data: bytes) -> _Kind:

@@ -201,7 +201,7 @@ def _bad_request(violations: Sequence[errors.FieldViolation]) -> error_details_p
 
 
 def _cut(text: str, limit: int) -> str:
-    """Return `text` in at most `limit` bytes of UTF-8; a lone surrogate becomes a `?`."""
+    """Return `text`, cut to `limit` bytes of UTF-8; a lone surrogate becomes a `?`."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) > limit:
         return encoded[: limit - 3].decode("utf-8", "ignore") + "\u2026"

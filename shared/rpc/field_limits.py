@@ -39,7 +39,7 @@ class FieldLimit:
     unit: LimitUnit = LimitUnit.CHARACTERS
     # For a list or map of texts: the limit of each text.
     each: FieldLimit | None = None
-    # Whether the limit is of one row: the row is rejected, not the request.
+    # Whether the limit applies to one row: then the row is rejected, not the request.
     by_row: bool = False
     # Whether the error is RESOURCE_EXHAUSTED, as for a message that is too large.
     exhausted: bool = False
@@ -220,7 +220,7 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
         "suppressions": _entries(bounds.MAX_IMPORTED_ROWS, "TOO_MANY_ENTRIES")
     },
 }
-# For the messages of health checks and reflection, which are not ours.
+# The messages of health checks and reflection, whose limits are not in the tables.
 _FOREIGN: Final = _OUTPUT
 _FOREIGN_ENTRIES: Final = _entries(1_000, "TOO_MANY_ENTRIES", _OUTPUT)
 _OURS: Final = ("outbox.", "google.api.", "google.protobuf.")

@@ -22,7 +22,7 @@ from outbox_server.shared.store_trouble import StoreTrouble, trouble_of
 
 SERVICE_NAME = "grpc.health.v1.Health"
 NOT_CHECKED: Final = "its stores are not checked yet"
-# The pause before a trouble that lasts is logged again: it doubles from the first to the last.
+# The pause before a lasting trouble is logged again. It doubles from the first value to the last.
 _FIRST_REMINDER_S: Final = 2.0
 _LAST_REMINDER_S: Final = 300.0
 
@@ -35,7 +35,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(("", SERVICE_NAME, *services))
         self._serving = False
-        # Why it does not serve, in words for anybody.
+        # Why it does not serve, in words that may be shown to anybody.
         self.reason = NOT_CHECKED
         self._changed = asyncio.Event()
 
@@ -98,7 +98,7 @@ class Switch(Protocol):
     """The part of a server that `follow_dependencies` uses, such as GrpcServer's."""
 
     def set_serving(self, serving: bool, reason: str = "") -> None:
-        """Set whether health reports SERVING, and if not, why, in words for anybody."""
+        """Set whether health reports SERVING, and otherwise why not, in words for anybody."""
 
 
 @dataclass(slots=True)

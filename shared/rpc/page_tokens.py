@@ -130,14 +130,15 @@ def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
 
 
 def _raw(token: str) -> bytes | None:
-    """Return the bytes of a token; None if no token is spelled like this."""
+    """Return the bytes of a token; None if the text cannot be a token."""
     if len(token) > PAGE_TOKEN.most:
         return None
     try:
         raw = base64.urlsafe_b64decode(token.encode("ascii") + b"=" * (-len(token) % 4))
     except ValueError:  # not ASCII, or not base64
         return None
-    # The decoder skips other characters and ignores spare bits, so compare with our own spelling.
+    # The decoder skips other characters and ignores spare bits, so the text is compared with our
+    # own encoding.
     return raw if _text(raw) == token and len(raw) > _SUM_BYTES else None
 
 

@@ -42,7 +42,7 @@ def peer_of_call(peer: str) -> str:
 
 
 class PeerPlaces:
-    """A bound on calls in progress: of one peer, and of all peers. `what` names the calls."""
+    """A bound on calls in progress, per peer and in all. `what` names the calls."""
 
     def __init__(self, what: str, *, per_peer: int, total: int) -> None:
         self._what = what

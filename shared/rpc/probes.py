@@ -1,14 +1,14 @@
 """The health port: `grpc.health.v1` without TLS and without keys, for a kubelet's probes.
 
-A kubelet speaks no TLS to gRPC, and has no client certificate. A command as the probe would cost
-0.3 s of a core each time, to start Python and import grpc. The port tells nobody more than whether
-the process lives and is ready, and which store is in which kind of trouble: no host, no text of a
-server.
+A kubelet speaks no TLS to gRPC, and has no client certificate. If a command were the probe, each
+run would take 0.3 s of a core to start Python and import grpc. The port only tells whether the
+process lives and is ready, and which store has which kind of trouble. It shows no host and no text
+of a server.
 
 - `liveness` is SERVING as long as the event loop runs. It depends on no store: a restart does not
   bring PostgreSQL back. A process whose loop hangs does not answer, and is restarted.
 - `readiness`, as the empty name, is what the service's own port says: SERVING while its stores
-  serve, and never again after SIGTERM. If not, the trailing metadata say why.
+  serve, and not any more after SIGTERM. Otherwise the trailing metadata say why.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _STREAMS: Final = 4
 _CALLS: Final = 100
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
-    # Anyone in the network may call: a request is a name, and a connection needs few streams.
+    # Anyone in the network may call, so the limits are low: a request is a name, and a connection
+    # needs few streams.
     ("grpc.max_receive_message_length", 1024),
     ("grpc.max_concurrent_streams", _STREAMS),
     # Idle connections, and connections whose handshake or call does not end, are closed soon,

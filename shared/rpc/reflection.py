@@ -1,7 +1,7 @@
 """Server reflection, v1 and v1alpha, by which grpcurl, buf curl and similar tools find the methods.
 
-The two are the same on the wire, so the v1alpha servicer of grpcio-reflection, which has no other,
-serves both.
+The two are the same on the wire, so grpcio-reflection's servicer, which is for v1alpha, serves
+both.
 """
 
 from __future__ import annotations

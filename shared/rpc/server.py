@@ -57,7 +57,7 @@ _OPTIONS: Final = (
     # the network, and raises the limit up to the size of a whole upload.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 256 * 1024),
-    # A client holds back further calls; without a bound one connection could fill our memory.
+    # A client delays further calls. Without a bound, one connection could fill our memory.
     ("grpc.max_concurrent_streams", 1_000),
     # Clients of a Kubernetes service find new pods only when they connect again. Streams in
     # progress are not cut.
@@ -167,7 +167,7 @@ class GrpcServer:
         self._log.info("listening", port=self._port, tls=self._credentials is not None)
 
     def set_serving(self, serving: bool, reason: str = "") -> None:
-        """Set whether health reports SERVING, or why not. During a drain it never does."""
+        """Set whether health reports SERVING, or why not. During a drain it is NOT_SERVING."""
         if not self._draining:
             self._health.set(serving=serving, reason=reason)
 

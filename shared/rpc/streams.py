@@ -40,8 +40,8 @@ async def read_the_rest(messages: AsyncIterator[bytes]) -> None:
     """Read what the caller still sends, so that it gets the answer that follows.
 
     A caller that uses grpc.aio may lose an answer that arrives while it sends; it then reports
-    INTERNAL (https://github.com/grpc/grpc/issues/36066). A caller that goes on for longer gets its
-    answer nevertheless.
+    INTERNAL (https://github.com/grpc/grpc/issues/36066). A caller that sends for longer still gets
+    its answer.
     """
     with suppress(TimeoutError):
         async with asyncio.timeout(_REST_S):
@@ -66,7 +66,7 @@ async def single_message(messages: AsyncIterator[bytes], context: _Context) -> b
     """
     async for message in messages:
         return message
-    # As in `complete_stream`: the caller may have left, or a message exceeded the size limit.
+    # As in `complete_stream`, the caller may have left, or the message exceeded the size limit.
     await uninterrupted(context.send_initial_metadata(()))
     raise InvalidInput("the call has no message", reason="MALFORMED_MESSAGE")
 

@@ -65,7 +65,8 @@ class _Reloader:
             stamp = self._files.stamp()
             if stamp == self._stamp:
                 return None
-            # The stamp is taken first: a change after it is noticed at the next call.
+            # The stamp is taken before the read, so that a change after it is noticed at the next
+            # call.
             read = self._files.read()
         except OSError as error:  # ssl.SSLError is one
             self._log.warning(

@@ -53,7 +53,7 @@ class Watch(Generic[T]):
         self._loop = Loop("watching", self._look, errors=DATABASE_ERRORS)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Read while somebody watches, until `stop`. Run it outside of calls, as all share it."""
+        """Read while somebody watches, until `stop`. Run it outside of calls, which all use it."""
         await self._loop.run(stop)
 
     async def _look(self) -> timedelta | None:

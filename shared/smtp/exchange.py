@@ -1,4 +1,4 @@
-"""Sends a group of SMTP commands and takes their replies. It does not wait for them."""
+"""Sends a group of SMTP commands, and takes their replies without waiting for them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Exchange:
 
     @property
     def refusal(self) -> Answer | None:
-        """The first reply that refuses, which decides, even if no further reply comes."""
+        """The first reply that refuses. It decides the result even if no further reply comes."""
         return next((answer for answer in self.answers if answer.reply.refuses), None)
 
     def take(self, reply: WireReply) -> bool:

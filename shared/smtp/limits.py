@@ -95,5 +95,5 @@ class PhaseLimits:
 
     @classmethod
     def of(cls, seconds: float) -> PhaseLimits:
-        """Return limits that are all `seconds`."""
+        """Return limits that all equal `seconds`."""
         return cls(**{field.name: seconds for field in fields(cls)})

@@ -62,7 +62,7 @@ async def login_for(
 
 
 async def authenticate(client: aiosmtplib.SMTP, login: Login) -> None:
-    """Sign in to a session that has come through EHLO.
+    """Sign in to a session after EHLO.
 
     XOAUTH2 is used where the server offers it, because Google and Microsoft document it. Each reply
     has the time limit of the client. No error quotes the token.

@@ -1,4 +1,4 @@
-"""Does the steps of a send up to RCPT, and reports the result. Sends no mail."""
+"""Does the steps of a send up to RCPT and reports the result, without sending a mail."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _STEPS: Final = {
     Phase.MAIL: "naming the sender (MAIL)",
     Phase.RCPT: "naming a recipient (RCPT)",
 }
-# A part of signing in that comes before the connection.
+# Getting a token is a part of AUTH, and comes before the connection.
 _REQUESTING: Final = "requesting an access token"
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How far a session came. `failure` is empty if the server accepted every step.
+    """How far a session got. `failure` is empty if the server accepted every step.
 
     `max_message_bytes` is None if the server states no limit. `failed_phase`, `smtp_code` and
     `reply_class` describe the step that failed; without a reply the last two are None. If an OAuth

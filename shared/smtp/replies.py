@@ -27,7 +27,7 @@ __all__ = [
     "split_enhanced_code",
 ]
 
-# Characters of a reply's text that rules look at. Servers may send any amount.
+# How many characters of a reply's text the rules search. A server may send any number.
 LONGEST_TEXT: Final = 2_000
 
 _ENHANCED: Final = r"[245]\.(?:0|[1-9][0-9]{0,2})\.(?:0|[1-9][0-9]{0,2})"
@@ -73,7 +73,7 @@ _TEMPORARY: Final = Meaning(ReplyClass.TEMPORARY)
 _REFUSED: Final = Meaning(ReplyClass.REFUSED)
 # Phases in which a 3xx reply is a success: 334 asks for the next part of AUTH, 354 for the body.
 _CONTINUES: Final = frozenset({Phase.AUTH, Phase.DATA})
-# Bad sequence of commands (RFC 5321, 4.2.3): the server has forgotten what the session said.
+# Bad sequence of commands (RFC 5321, 4.2.3): the server has lost the state of the session.
 _BAD_SEQUENCE: Final = 503
 # Authentication credentials invalid (RFC 4954, section 6).
 _CREDENTIALS_INVALID: Final = 535
@@ -144,7 +144,7 @@ class ReplyRules:
 def leaves_session_usable(code: int) -> bool:
     """Return whether the session may carry another mail after a reply with this code.
 
-    A 4xx reply may be about the session, and 503 says that the server has forgotten it. Any other
+    A 4xx reply may be about the session, and 503 says that the server has lost its state. Any other
     5xx reply is about the mail, or about a command that the server does not know.
     """
     return code < 400 or (code >= 500 and code != _BAD_SEQUENCE)  # noqa: PLR2004

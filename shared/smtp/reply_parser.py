@@ -77,7 +77,8 @@ class ReplyParser:
             if found is not None:
                 self._take_line(*found.groups())
             elif data[start:end].strip():
-                # Without the line: users read this, and it may be the banner of another service.
+                # The error does not quote the line, because users read it, and it may be the banner
+                # of another service.
                 raise MalformedReply("the server does not speak SMTP")
             start = end
         self._rest = data[start:]

@@ -33,7 +33,7 @@ class Rule:
     phases: frozenset[Phase]
     codes: frozenset[int]
     enhanced: re.Pattern[str] | None
-    # Alternatives: of one of them, all phrases must occur in the text.
+    # Alternatives. All phrases of one alternative must occur in the text.
     text: tuple[tuple[str, ...], ...]
     used: bool | None
 
@@ -102,7 +102,7 @@ class RuleReader:
             self.fail("", "a rule needs at least one of code, enhanced, text")
         used = self._flag("used")
         if used is None and reply_class is ReplyClass.SESSION:
-            # If the connection had carried no mail, a new one would be refused as well.
+            # A connection that has carried no mail would be refused again if it were replaced.
             used = True
         codes = self._codes()
         return Rule(

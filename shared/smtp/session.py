@@ -337,7 +337,7 @@ async def _connect_anywhere(host: str, port: int, stream: SmtpStream) -> None:
     try:
         await asyncio.get_running_loop().create_connection(lambda: stream, host, port)
     except (OSError, UnicodeError) as error:  # not every name can be encoded
-        # Users read this. It names no host and no address of the operator's network.
+        # Users read this text, so it names no host and no address of the operator's network.
         raise OSError(f"no connection to the operator's relay: {reason_of(error)}") from None
 
 

@@ -48,7 +48,8 @@ class SmtpStream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        # No isinstance: uvloop's transports have no base in common with asyncio's.
+        # isinstance cannot be used, because uvloop's transports have no common base class with
+        # asyncio's.
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -63,7 +64,7 @@ class SmtpStream(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> bool:
-        """Note that the server sends no more. The transport then closes itself."""
+        """Note that the server will send nothing more. The transport then closes itself."""
         self._fail(ConnectionLost("the server closed the connection"))
         return False
 
@@ -148,7 +149,7 @@ class SmtpStream(asyncio.Protocol):
 
     @property
     def writable(self) -> bool:
-        """Whether nothing is gained by waiting to write: bytes flow, or the connection failed."""
+        """Whether a write need not wait: bytes flow, or the connection failed."""
         return not self._paused or self._failure is not None
 
     @property
@@ -224,7 +225,7 @@ class SmtpStream(asyncio.Protocol):
             OSError: the handshake failed; ssl.SSLCertVerificationError if the certificate is not
                 trusted.
         """
-        # asyncio and uvloop would wait for the whole limit.
+        # asyncio and uvloop would wait until the limit ends.
         self.raise_if_ended()
         # RFC 3207, section 6: bytes received before TLS are discarded; anyone may have sent them.
         self._parser.clear()

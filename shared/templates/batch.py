@@ -56,7 +56,7 @@ SUBJECT_TOO_LONG: Final = (
 LINE_BREAK = re.compile(r"[\r\n]")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
-# A mail of this length is built in about 2 ms.
+# The longest mail, in characters, that is built in an event loop, in about 2 ms.
 _MOST_QUICK_CHARACTERS = 64 * 1024
 _EMPTY_HEAD: Final = RenderedHead()
 
@@ -164,7 +164,7 @@ class BatchTemplate:
         liquid = [source for _, source in self._sources if source and source.is_liquid]
         renders_head = head is not None and head.is_liquid
         self.may_fail: bool = bool(liquid) or renders_head
-        # Whether the head is checked for each row, without rendering the rest of the mail.
+        # Whether the head must be checked for each row, without rendering the rest of the mail.
         self.checks_head: bool = head is not None and bool(head.names) and not renders_head
         # What proves that a row can be rendered. Empty if nothing does.
         proofs = [source.summary.proof for source in liquid if source.summary.proof is not None]
@@ -295,7 +295,7 @@ class BatchTemplate:
     ) -> str | None:
         if source is not None:
             return source.render(values, room)
-        # If the row's own text or HTML is an empty cell, the mail does not have that part.
+        # If the row's own text or HTML is an empty cell, the mail lacks that part.
         text = values.get(field) or None
         room.take(utf8_size(text or ""))
         return text

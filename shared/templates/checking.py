@@ -42,7 +42,7 @@ class RowFailure(NamedTuple):
 def is_proven(
     template: BatchTemplate, names: Sequence[str], variables: str | None, max_bytes: int
 ) -> bool:
-    """Return whether a row can surely be rendered, without rendering it."""
+    """Return whether it is certain, without rendering it, that a row can be rendered."""
     length = len(variables or "")
     if not template.proofs or length > _SHORT_ROW:
         return False
@@ -89,9 +89,9 @@ def failure_of(
 def doubtful_column(
     template: BatchTemplate, names: Sequence[str], values: Sequence[str | None]
 ) -> str:
-    """Return the first column that may spoil the subject: it is long, or has a line break.
+    """Return the first column that may make the subject invalid: it is long, or has a line break.
 
-    If there is none, the subject is spoiled by its template.
+    If there is none, the template itself makes the subject invalid.
     """
     for name, value in zip(names, values, strict=True):
         if (

@@ -1,8 +1,8 @@
 """Compares cells that are numbers as numbers.
 
-All values of a row are texts, and Liquid does not compare a text with a number. A template means
-the number, though: `{% if points > 100 %}`. So a text that is a number counts as one beside a
-number, and so do two such texts, unless they are compared for equality.
+All values of a row are texts, and Liquid does not compare a text with a number. But templates mean
+numbers: `{% if points > 100 %}`. So a text that is a number counts as a number when it is compared
+with one. So do two such texts, unless they are compared for equality.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from liquid.undefined import is_undefined
 
 from outbox_server.shared.templates.wording import TemplateFault
 
-# Without exponent, and short: converting digits takes time by the square of their number.
+# Numbers without exponent, and short, because the time to convert digits grows with the square of
+# their number.
 _NUMBER: Final = re.compile(
     r"\s*[+-]?(?:\d{1,30}(?P<fraction>\.\d{0,30})?|(?P<below>\.\d{1,30}))\s*", re.ASCII
 )
@@ -99,7 +100,7 @@ _OURS: Final[dict[type[Expression], type[Expression]]] = {
 
 
 def compare_as_numbers(expression: Expression) -> None:
-    """Make a comparison of a parsed template one of ours."""
+    """Replace a comparison of a parsed template by one of ours."""
     ours = _OURS.get(type(expression))
     if ours is not None:
         expression.__class__ = ours

@@ -100,7 +100,7 @@ class _Buffer(StringIO):
         self.room = room
 
     def write(self, text: str) -> int:
-        # Written for speed: a mail has many short texts.
+        # Optimized for speed, because a mail has many short texts.
         length = len(text)
         budget = self._budget
         budget.left -= length
@@ -215,7 +215,7 @@ class BoundedRange(RangeLiteral):
     def evaluate(self, context: RenderContext) -> range:
         """Return the range; raise ResourceLimitError if it is too long."""
         result = super().evaluate(context)
-        # Not len(): it overflows from 2**63 on.
+        # len() cannot be used, because it overflows from 2**63 on.
         if result.stop - result.start > MAX_ITEMS:
             raise TemplateLimitError("a range is too long", token=self.token)
         return result
@@ -261,7 +261,7 @@ def _size(value: object) -> int:
 
 
 def _total_size(left: object, arguments: tuple[object, ...]) -> int:
-    """Return the size of the values of a filter. Written for speed: most are short texts.
+    """Return the size of the values of a filter. Optimized for short texts, which most are.
 
     Raises:
         ResourceLimitError: one of them is too large for a filter.

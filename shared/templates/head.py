@@ -1,6 +1,6 @@
-"""What a batch says about the head of its mails: Reply-To, the recipient's name, further headers.
+"""The head of a batch's mails: Reply-To, the recipient's name, further headers.
 
-Each text is a Liquid template as the subject is. What it gives for a row is checked before the mail
+Each text is a Liquid template, as the subject is. Its result for a row is checked before the mail
 is accepted, and again when it is built.
 """
 
@@ -66,7 +66,7 @@ class HeadTexts(NamedTuple):
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
-        """Return what msgpack has made of the texts: lists."""
+        """Return the texts from what msgpack decoded, which has lists instead of tuples."""
         match value:
             case [str() | None as reply_to, str(name_column), list(headers)]:
                 return cls(reply_to, name_column, tuple((name, text) for name, text in headers))
@@ -110,8 +110,8 @@ class HeadTemplates:
         """`sources` has a template for each text.
 
         Raises:
-            InvalidInput: HEADER_INVALID, HEADER_TOO_LONG, REPLY_TO_INVALID: what is the same in all
-                mails is wrong.
+            InvalidInput: HEADER_INVALID, HEADER_TOO_LONG, REPLY_TO_INVALID: a part that is the same
+                in all mails is wrong.
         """
         self._name_column = texts.name_column
         self._reply_to = sources.get(_REPLY_TO)
@@ -173,7 +173,7 @@ class HeadTemplates:
         return name
 
     def _check_unchanging(self) -> None:
-        """Check what is the same for all rows.
+        """Check the parts that are the same for all rows.
 
         Raises:
             InvalidInput: HEADER_INVALID, HEADER_TOO_LONG, REPLY_TO_INVALID.
@@ -203,7 +203,7 @@ def _checked(
     try:
         return check(text)
     except BadHeader as error:
-        # The column is known if there is only one.
+        # The column is known only if there is just one.
         names = source.summary.names
         column = next(iter(names)) if len(names) == 1 else ""
         raise RenderError(error.reason, error.message, column=column) from None

@@ -58,8 +58,8 @@ def parse_source(
             text = liquid({}, Room(RENDER_BUDGET))
         except RenderError as error:
             raise _invalid(field, error.message.removeprefix(f"{field}: ")) from None
-        # Loops can make a long text of a short source. It is not kept, because templates are
-        # kept for many batches.
+        # Loops can make a long text from a short source. Such a text is not kept, because templates
+        # of many batches are kept.
         if len(text) <= MAX_SOURCE_BYTES:
             static = text
     summary = SourceSummary(
@@ -98,7 +98,7 @@ class _Liquid:
             ) from None
         except MemoryError:
             raise
-        # Such an error concerns this row only, and must not stop a dispatcher.
+        # The error concerns only this row, and must not stop a dispatcher.
         except Exception:  # noqa: BLE001
             raise RenderError(
                 "TEMPLATE_RENDER_FAILED", f"{self._field}: it does not fit the values of this row"

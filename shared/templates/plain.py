@@ -25,7 +25,7 @@ _WORDS: Final = frozenset(
         *("case", "when", "offset", "limit", "reversed", "cols"),
     )
 )
-# More insertions are not read here.
+# Templates with more insertions are not read here.
 _MOST_INSERTIONS: Final = 1_000
 
 
@@ -39,7 +39,7 @@ def plain_source(field: str, source: str) -> SourceSummary | None:
     end = 0
     for found in _INSERTION.finditer(source):
         name, text = found["name"], source[end : found.start()]
-        # `{{{ name }}` is a mistake, and not an insertion after a brace.
+        # `{{{ name }}` is a mistake, not an insertion after a brace.
         if name in _WORDS or "{{" in text or text.endswith("{"):
             return None
         default = found["double"] if found["double"] is not None else found["single"]

@@ -56,20 +56,21 @@ if TYPE_CHECKING:
 _BUILT_IN: Final = frozenset({"now", "today"})
 # The text of `now`, or of one directive of a date.
 _CLOCK: Final = 32
-# Each makes of an ASCII text one that is not longer, and fails for no text. The numbers are those
-# of their arguments.
+# Filters that turn an ASCII text into one that is not longer, and fail for no text; with the
+# numbers of their arguments.
 _PLAIN_FILTERS: Final = {
     **dict.fromkeys(("capitalize", "downcase", "upcase", "strip", "lstrip", "rstrip"), (0,)),
     **dict.fromkeys(("append", "prepend"), (1,)),
     "default": (0, 1),
 }
-# Each calculates with numbers. So few of them in a row that no result is near the largest number.
+# Filters that calculate with numbers, and the most of them in a row: so few that no result is near
+# the largest number.
 _ARITHMETIC: Final = {
     **dict.fromkeys(("plus", "minus", "times", "divided_by", "modulo"), 1),
     **dict.fromkeys(("round", "ceil", "floor", "abs"), 0),
 }
 _MOST_STEPS: Final = 4
-# The characters that one of them adds to a number.
+# The most characters that one of them adds to a number.
 _NUMBER: Final = 64
 _ORDERED: Final = (LtExpression, LeExpression, GtExpression, GeExpression)
 _NUMBERS: Final = (IntegerLiteral, FloatLiteral)
@@ -83,7 +84,7 @@ class _NotProvableError(Exception):
 
 
 def prove(nodes: Sequence[Node], source: str, static: RenderContext) -> RenderingProof | None:
-    """Return what a row needs for a rendering that surely succeeds; None if nothing proves it."""
+    """Return what a row needs so that rendering certainly succeeds; None if it cannot be proved."""
     walk = _Proof(static)
     try:
         walk.nodes(nodes)

@@ -25,7 +25,7 @@ from outbox_server.shared.templates.workers import TooCostlyError, WorkerLostErr
 T = TypeVar("T")
 
 _MODULE: Final = "outbox_server.shared.mail.worker"
-# So many templates with mistakes are named in one error.
+# The most templates with mistakes that one error names.
 _MOST_FAULTS: Final = 5
 # The longest wait for a worker and its answer.
 _PATIENCE: Final = timedelta(seconds=30)
@@ -33,14 +33,15 @@ _RETRY_AFTER: Final = timedelta(seconds=2)
 # The CPU time that the rendering of one row may take on average, beyond the budgets below. A usual
 # mail takes 0.1 ms.
 _SECONDS_PER_ROW: Final = 0.02
-# How many budgets all rows of a batch may use besides.
+# How many further budgets all rows of a batch may use together.
 _SPARE_BUDGETS: Final = 3
-# A job of rows ends after this time, so that other users' jobs do not wait for a whole batch.
+# A job that renders rows ends after this time, so that other users' jobs do not wait for a whole
+# batch.
 _SECONDS_PER_JOB: Final = 0.1
 # The most rows and characters of a job. They are sent again if the job ends before its last row.
 _ROWS_PER_JOB: Final = 2_500
 _CHARACTERS_PER_JOB: Final = 1024 * 1024
-# The template of a shorter source is put together in the event loop, which takes a millisecond.
+# A template with a shorter source is built in the event loop, which takes a millisecond.
 _SHORT: Final = 4 * 1024
 # The size of the templates and of the summaries that are kept, in characters, and what each needs
 # besides its texts. A longer template is not kept.
@@ -79,7 +80,7 @@ class TemplateParser:
             return kept[0]
         template = self._read_known(subject, body, html, head)
         if template is not None:
-            # The text is in the key, and in the parts of the template.
+            # The text is counted for the key and for the parts of the template.
             size = 2 * sum(len(text or "") for text in (subject, body, html))
             size += 2 * head.characters
             self._templates[key] = template, _LEAST_KEPT + size
@@ -309,7 +310,7 @@ class RemoteRows:
         """
         found: dict[int, RowFailure] = {}
         start = 0
-        # A row that is too costly ends its job without a result. Then the rows before it come
+        # A row that is too costly ends its job without a result. Then the rows before it are sent
         # again, and it is left out.
         end = len(rows)
         while start < len(rows):
@@ -326,7 +327,7 @@ class RemoteRows:
                 culprit = error.step - 1 - STEPS_BEFORE_ROWS
                 if not 0 <= culprit < len(some):
                     if len(some) > 1:
-                        # It is the memory, or the parsing: try one row alone.
+                        # The memory or the parsing was the cause, so one row is tried alone.
                         end = start + 1
                         continue
                     culprit = 0

@@ -37,7 +37,7 @@ class RenderError(Exception):
 
 
 class Room:
-    """The bytes that the texts of one mail may still have, out of `limit`."""
+    """How many bytes, of `limit`, the texts of one mail may still have."""
 
     __slots__ = ("left", "limit")
 
@@ -76,11 +76,11 @@ class Placeholder(NamedTuple):
 
 
 class RenderingProof(NamedTuple):
-    """What a row needs so that Liquid surely renders it (`shared.templates.proving`)."""
+    """What a row needs so that Liquid certainly renders it (`shared.templates.proving`)."""
 
     # The columns whose cells must be numbers, if the row has them.
     numbers: frozenset[str]
-    # How often columns are inserted, compared or filtered, and the most bytes that are not theirs.
+    # How often columns are inserted, compared or filtered, and the most bytes of other text.
     uses: int
     size: int
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from liquid.template import BoundTemplate
 
 _CONDITIONAL = (IfNode, UnlessNode, CaseNode, ConditionalBlockNode, MultiExpressionBlockNode)
-# The library has values for these two if the row has none.
+# The library provides these two if the row does not.
 _BUILT_IN = frozenset({"now", "today"})
 
 

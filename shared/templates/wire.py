@@ -1,4 +1,4 @@
-"""What a pool and its worker processes say to each other. Pure."""
+"""The messages between a pool and its worker processes. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgpack
 
 # Gives the next step of a job this number of CPU budgets, from now on.
 StartBudget: TypeAlias = Callable[[float], None]
-# The job by which a pool learns that a worker has started. Its result is None.
+# The job that shows a pool that a worker has started. Its result is None.
 READY: Final = "ready"
 
 

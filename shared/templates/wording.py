@@ -1,4 +1,4 @@
-"""What is wrong with a template, in our words.
+"""Describes in our words what is wrong with a template.
 
 The texts of the library name its own token kinds and Python's types, which say nothing to somebody
 who writes a mail. So only texts of the classes below are shown, and all others are replaced.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from liquid.token import Token
 
 _MAX_SHOWN: Final = 40
-# How the library names the end tag that it misses.
+# How the library's message names the missing end tag.
 _MISSING_END: Final = re.compile(r"expected tag (\w+)")
 _LIMITS: Final[tuple[tuple[type[LiquidError], str], ...]] = (
     (LoopIterationLimitError, "its loops repeat too often"),
@@ -46,7 +46,7 @@ class TemplateFault(FilterArgumentError):
 
 
 class TemplateLimitError(ResourceLimitError):
-    """The template needs more than it may use."""
+    """The template exceeds a limit."""
 
     def __init__(self, text: str, *, token: Token | None = None) -> None:
         super().__init__(text, token=token)

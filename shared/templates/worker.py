@@ -52,7 +52,7 @@ from outbox_server.shared.templates.wire import (
 _KEPT_CHARACTERS: Final = 256 * 1024
 
 # A template with more texts and insertions counts as Liquid for the process that asked, which would
-# need long to read them. So whether a mail is too large shows when it is built.
+# need too long to read them. Then whether a mail is too large shows only when it is built.
 _MOST_PARTS: Final = 10_000
 # The exit code of a process whose memory is full.
 _USED_UP: Final = 3
@@ -80,13 +80,13 @@ class RowsRequest(NamedTuple):
 
 
 def serve(jobs: Mapping[str, Callable[[StartBudget], Job]]) -> int:
-    """Do jobs until the parent closes the connection. Each value makes a job of a name.
+    """Do jobs until the parent closes the connection. Each value makes the job with that name.
 
     A job begins with one budget. It may call the function that it was made with to get another one.
     """
     budget, memory = float(sys.argv[1]), int(sys.argv[2])
     _restrict(memory)
-    # The modules are never freed, so looking at them again is a waste.
+    # The modules are never freed, so garbage collection need not examine them.
     gc.freeze()
     with socket.socket(fileno=os.dup(0)) as connection, mmap.mmap(-1, _STEPS_BYTES) as steps:
         while True:
@@ -103,8 +103,8 @@ def serve(jobs: Mapping[str, Callable[[StartBudget], Job]]) -> int:
                 step = int.from_bytes(steps[:], "big")
                 connection.sendall(to_frame([int(WorkerReply.OVER_BUDGET), budget, step]))
             elif code != _USED_UP:
-                # The parent has closed the connection. After a crash, it learns of it by the end of
-                # this process.
+                # The parent has closed the connection, or it learns of the crash when this process
+                # ends.
                 return code
 
 
@@ -194,7 +194,7 @@ def _answer(jobs: Mapping[str, Job], request: list[Any]) -> tuple[WorkerReply, o
         return WorkerReply.OUT_OF_MEMORY, None
     except Exception as error:  # noqa: BLE001 - the parent logs it
         last = traceback.extract_tb(error.__traceback__)[-1]
-        # Not its text, which may quote a mail.
+        # The text is left out, because it may quote a mail.
         return WorkerReply.FAILED, f"{type(error).__name__} at {last.filename}:{last.lineno}"
 
 
@@ -278,5 +278,5 @@ def _failures_of(start_budget: StartBudget) -> Job:
     return check
 
 
-# What a worker process does with templates alone.
+# The jobs of a worker process that need only templates.
 TEMPLATE_JOBS: Final = {"parse": _summary_of, "render": _text_of, "check": _failures_of}

@@ -1,9 +1,9 @@
 """Runs jobs of untrusted templates in worker processes, whose CPU and memory are limited.
 
 A job that needs more than its budget ends with its process, and the pool starts another one. Places
-are shared fairly between users. So a user whose templates are expensive waits for itself: with N
-workers and K such users, a job of another user waits at most for K / N jobs, and with K < N for
-none. A job takes at most three budgets of CPU: two to parse the templates, one to use them.
+are shared fairly between users. So a user whose templates are expensive delays only its own jobs.
+With N workers and K such users, a job of another user waits for at most K / N jobs, and for none if
+K < N. A job takes at most three budgets of CPU: two to parse the templates, one to use them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ _JOB_LIMIT_S: Final = 60.0
 _NICE: Final = 2
 # The most bytes of a reply besides a mail.
 _REPLY_BYTES: Final = 4 * 1024 * 1024
-# The most jobs that wait for a worker. More are refused, which a dispatcher answers by a later try.
+# The most jobs that wait for a worker. Further jobs are refused, and a dispatcher tries them again
+# later.
 _WAITING: Final = 4_096
-# Longer than the callers wait: they have limits of their own.
+# It is longer than any caller waits, because callers have limits of their own.
 _WAIT_LIMIT: Final = timedelta(minutes=5)
 _log = structlog.get_logger("outbox.templates")
 
@@ -50,7 +51,7 @@ _log = structlog.get_logger("outbox.templates")
 class TooCostlyError(Exception):
     """A job needed more CPU or memory than it may use. The text says what and how much.
 
-    `step` is the number of the job's step that did, from 1; 0 if it is not known.
+    `step` is the number, from 1, of the job's step that did; 0 if it is not known.
     """
 
     def __init__(self, message: str, step: int = 0) -> None:
@@ -266,7 +267,7 @@ class _Slot:
         if started is not None and not (started.done() and started.exception()):
             return started
         self._starting = asyncio.create_task(_Worker.start(self._command))
-        # An error that nobody waits for shows with the next job.
+        # If nobody waits for the start, an error shows with the next job.
         self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._starting
 
@@ -342,7 +343,7 @@ class _Worker:
 
         Raises:
             OSError, EOFError: the process has ended.
-            ValueError: the reply is none.
+            ValueError: it replied something else.
             TimeoutError: the job took too long.
         """
         self.jobs += 1

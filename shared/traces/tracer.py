@@ -68,11 +68,12 @@ class Tracer:
 
         def flush() -> None:
             self._provider.force_flush(int(_CLOSE_LIMIT.total_seconds() * 1000))
-            # After the time limit, the loop may be closed.
+            # If this takes too long, the loop may be closed by then.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(done.set)
 
-        # A daemon: a collector that does not answer must not hold up the end of the process.
+        # The thread is a daemon, because a collector that does not answer must not delay the end of
+        # the process.
         threading.Thread(target=flush, name="traces-flush", daemon=True).start()
         try:
             async with asyncio.timeout(_CLOSE_LIMIT.total_seconds()):
@@ -109,7 +110,7 @@ class Tracer:
     def begin_send(self, parent: str, ids: Mapping[str, int | str]) -> SendSpan | None:
         """Begin the span of a send, below the span of the call that accepted its batch.
 
-        None means that `parent` is no `traceparent`.
+        Return None if `parent` is not a `traceparent`.
         """
         context = self._parent({"traceparent": parent})
         if not trace.get_current_span(context).get_span_context().is_valid:
@@ -177,7 +178,7 @@ class SendSpan:
         self._span.end()
 
     def given_back(self) -> None:
-        """End it: the send did not begin, and the job returns to the queue."""
+        """End the span of a send that did not begin: the job returns to the queue."""
         self._span.set_attribute("outbox.given_back", True)
         self._span.end()
 

@@ -37,7 +37,7 @@ from outbox_server.shared.user_quotas import UserQuotas
 
 @dataclass(frozen=True, slots=True)
 class ReopenedJobs:
-    """How many jobs of a batch wait again, and its sender; 0 if nothing of it is sent any more."""
+    """How many jobs of a batch wait again, and its sender (0: the batch sends nothing any more)."""
 
     jobs: int = 0
     sender_id: int = 0

@@ -186,7 +186,7 @@ async def rotate_secret(
     secret: bytes,
     keep: timedelta,
 ) -> WebhookRecord:
-    """Replace the secret of a webhook that the transaction has locked; `keep` the old one."""
+    """Replace the secret of a locked webhook. The old secret also signs for the time `keep`."""
     values = {
         "old_secret": WebhookRow.secret,
         "old_secret_until": func.statement_timestamp() + literal(keep, INTERVAL),

@@ -28,8 +28,8 @@ class Base(DeclarativeBase):
 def time_and_sequence(sequence: str) -> TextClause:
     """Return the default of an id that is not secret: ms since 1970, then 21 bits.
 
-    A failover or a restore may set the sequence back, but then the time differs. The processes that
-    used a lost row must not find another one under its id.
+    A failover or a restore may set the sequence back, but then the time differs. A process that
+    used a lost row must not find another row under the same id.
     """
     ms = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
     return text(f"(({ms} << 21) | (nextval('{sequence}') & 2097151))")

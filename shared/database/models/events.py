@@ -88,7 +88,7 @@ class WebhookRow(Base):
     # The secret before the last rotation signs too until that time.
     old_secret: Mapped[bytes | None] = mapped_column(LargeBinary)
     old_secret_until: Mapped[datetime | None] = mapped_column(TIME)
-    # Which events are posted. NULL and empty mean any.
+    # Which events are posted. NULL or empty means any.
     sender_id: Mapped[int | None] = mapped_column(BigInteger)
     states: Mapped[list[int]] = mapped_column(ARRAY(SmallInteger), server_default="{}")
     disabled: Mapped[bool] = mapped_column(server_default=text("false"))

@@ -321,7 +321,8 @@ class Attempt(Base):
     reply_class: Mapped[int | None] = mapped_column(SmallInteger)
     # `dispatchers.id` of the process that made it. NULL means unknown.
     dispatcher: Mapped[int | None]
-    # host:port, or `relay` for the operator's. NULL means that no server was meant yet, or unknown.
+    # host:port, or `relay` for the operator's. NULL means that no server was chosen yet, or
+    # unknown.
     endpoint: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (

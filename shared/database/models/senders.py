@@ -98,7 +98,7 @@ class OAuth2CredentialsRow(Base):
     scope: Mapped[str] = mapped_column(Text)
     # These three are encrypted (Fernet). Without a refresh token the grant is client credentials.
     client_secret: Mapped[bytes | None] = mapped_column(LargeBinary)
-    # The newest one: some providers return a new one with each access token.
+    # The newest refresh token: some providers return a new one with each access token.
     refresh_token: Mapped[bytes | None] = mapped_column(LargeBinary)
     access_token: Mapped[bytes | None] = mapped_column(LargeBinary)
     # Changes with each access token, so that of two tokens requested at once only one is stored.
