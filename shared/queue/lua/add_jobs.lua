@@ -8,8 +8,8 @@
 -- Returns the life of the shard, and then the senders whose heads must be loaded instead, because
 -- - Redis does not know them;
 -- - they may not send: jobs of a deleted sender would stay here;
--- - a load of theirs was refused and is under way again (load_head.lua). It could be refused again
---   and again by additions, which bring neither settings nor later jobs.
+-- - a load of theirs was refused and is being repeated (load_head.lua). Additions, which bring
+--   neither settings nor later jobs, could make it be refused again and again.
 --!include keys
 --!include time
 --!include run
@@ -37,7 +37,8 @@ local function add_jobs(s, jobs)
         -- A load may have read the job already, and a dispatcher may have claimed it.
         if tonumber(at) <= horizon and not redis.call('ZSCORE', leases, member) then
             size = size + redis.call('ZADD', due, at, member)
-            -- One at a time: Redis never turns a set that was large back into a compact one.
+            -- Jobs are added one at a time, because Redis never turns a large set back into a
+            -- compact one.
             while size > most do
                 size, horizon = size - 1, remove_last(due)
             end

@@ -20,7 +20,7 @@
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local jobs, oldest = 0, NOW
 
--- Of the senders that wait for their turn, each counts once.
+-- Each of the senders that wait for their turn counts once.
 local function examine_user(user)
     local owner = read_user(user)
     if not owner or owner == LOST or not user_admits(owner, window) then return end

@@ -1,5 +1,5 @@
--- Gives the life of the shard the name that PostgreSQL has stored as the valid one. All data is of
--- an earlier life from now on. The caller has the lock of a rebuild, and keeps it.
+-- Gives the life of the shard the name that PostgreSQL has stored as the valid one. From then on,
+-- all present data belongs to an earlier life. The caller has the lock of a rebuild, and keeps it.
 --
 -- KEYS[1] ready
 -- KEYS[2] rebuild     the lock: a life and the token of its owner

@@ -26,7 +26,7 @@ for i = 2, #ARGV do
         answer[#answer + 1] = ''
     else
         if epoch == NO_EPOCH then
-            -- An epoch from the clock: no earlier life of this sender can have had it.
+            -- The clock gives an epoch that no earlier life of this sender can have had.
             redis.call('HSET', key, 'epoch', string.format('%.0f', NOW * 1000), 'life', LIFE)
             redis.call('PEXPIRE', key, NEW_MS)
         elseif ARGV[1] == '1' then

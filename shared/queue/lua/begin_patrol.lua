@@ -10,7 +10,7 @@
 
 local f = redis.call('HMGET', LIFE_KEY, 'patrolled', 'patrol')
 local last = tonumber(f[1] or 0)
--- A time in the future is from an earlier life: the clock stepped back since.
+-- A time in the future is from an earlier life, before a step of the clock.
 if NOW >= last and NOW < last + tonumber(ARGV[1]) then return nil end
 redis.call('HSET', LIFE_KEY, 'patrolled', NOW)
 return f[2] or '0'

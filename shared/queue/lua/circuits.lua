@@ -2,7 +2,7 @@
 --
 -- KEYS[1] ready
 -- ARGV    queries, as kind, id: `sender` for the circuits that delay a sender, `endpoint` for the
---         circuit of an endpoint, or of the one sender that all its failures belong to
+--         circuit of an endpoint or, if all its failures belong to one sender, of that sender
 -- Returns an array of circuits per query: sender or '', open since (ms), next probe (ms), reason
 --!include keys
 --!include time

@@ -1,11 +1,11 @@
--- Returns which claims still hold. Called after the jobs were marked in PostgreSQL, before SMTP.
--- If Redis was lost in between, a rebuild may have read PostgreSQL before the mark, and would give
--- its entry of the window to another job: such a claim must be released unsent.
+-- Returns which claims still have their leases. Called between the mark in PostgreSQL and SMTP. If
+-- Redis was lost before that, a rebuild may have read PostgreSQL before the mark, and would give the
+-- entry of the window to another job: such a claim must be released unsent.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
 -- ARGV    then flat: sender, member, when its lease expires as returned by claim.lua
--- Returns an array of 1 (holds) and 0 (gone), in the order of ARGV
+-- Returns an array of 1 (the lease exists) and 0 (it is gone), in the order of ARGV
 --!include keys
 --!include time
 --!include run
@@ -22,16 +22,16 @@ for i = 2, #ARGV, 3 do
     local s = senders[id]
     local lease = s and redis.call('ZSCORE', lease_of(id), member)
     local owned = lease and s.owner and redis.call('ZSCORE', lease_of(s.owner.id), member)
-    -- Without a lease of the user, the claim is from before the user had a limiter, or the limiter
+    -- If the user has no lease, the claim was made before the user had a limiter, or the limiter
     -- was restored before the mark.
     local found = lease and (not s.owner or owned)
     local changed = found and tonumber(lease) ~= until_ms or owned and tonumber(owned) ~= until_ms
     if changed and until_ms <= NOW then
-        -- Claimed again after our lease had expired.
+        -- The job was claimed again after our lease had expired.
         found = nil
     elseif changed then
-        -- Claimed again after a loss, by a dispatcher whose mark will be refused. Restore our
-        -- lease, so that the other claim does not release it.
+        -- After a loss, another dispatcher claimed the job again; its mark will be refused.
+        -- Restore our lease, so that the other claim does not release it.
         redis.call('ZADD', lease_of(id), until_ms, member)
         if s.owner then redis.call('ZADD', lease_of(s.owner.id), until_ms, member) end
         schedule_look(s, window)

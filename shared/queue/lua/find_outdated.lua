@@ -13,14 +13,14 @@
 --!include look
 --!include restored
 
--- A job that somebody had locked is put back this many ms late at most.
+-- A job whose row was locked is put back at most this many ms late.
 local PUT_BACK = 5000
 
 local function is_outdated(s, member, due)
     local known = redis.call('ZSCORE', due_of(s.id), member)
     if known then return tonumber(known) > due + PUT_BACK end
     local lease = redis.call('ZSCORE', lease_of(s.id), member)
-    -- A restored lease is of a job that was SENDING, and now it waits.
+    -- A restored lease belongs to a job that was SENDING, and now waits.
     return not lease or restored_leases(s.id)[member] == tonumber(lease)
 end
 

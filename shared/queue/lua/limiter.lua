@@ -6,7 +6,7 @@
 -- ARGV[3] member  of one job
 -- Returns nil if Redis does not know the sender, or {ms until the job's lease ends (without a lease
 -- -1), 1 if the sender is parked, its pace (ms), in flight, ms until its gap is over, and its
--- window has room}. A time that is over is 0 or less. If its user has limits: then the last three
+-- window has room}. A time in the past is 0 or less. If its user has limits: then the last three
 -- of the user, the user's limit (0: none) and gap
 --!include keys
 --!include time

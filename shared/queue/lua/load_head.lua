@@ -67,7 +67,7 @@ end
 
 local function load_head(epoch, head)
     local id, settings = head.sender, settings_of(head.sender)
-    -- A fresh sender has only its history now, so there is nothing to compare or to remove.
+    -- A new sender has only its history so far, so there is nothing to compare or to remove.
     local is_fresh = is_new(epoch)
     local restored = is_fresh and restore_history(id, head.ends, head.leases) or ''
     if not needs_limiter(head.limited) then forget_user(head.user) end

@@ -17,7 +17,7 @@ local window, until_ms = tonumber(ARGV[1]), NOW + tonumber(ARGV[2])
 local ends, touched, owners = {}, {}, {}
 for i = 3, #ARGV, 3 do
     local id, member = ARGV[i], ARGV[i + 1]
-    -- Each by itself: while one is lost, the lease of the other must not expire.
+    -- Renewed separately: while one limiter is lost, the lease of the other must not expire.
     local s, owner = touched[id] or read_sender(id, true), read_user(ARGV[i + 2])
     if owner and owner ~= LOST then
         if redis.call('ZADD', lease_of(owner.id), 'XX', 'CH', until_ms, member) == 1 then

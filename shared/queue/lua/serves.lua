@@ -2,7 +2,7 @@
 -- them: by its access rules, because it renamed the command, or because it may not write.
 --
 -- KEYS[1] ready   not used
--- KEYS[2] health  a key and a channel of this script alone; the key is removed again
+-- KEYS[2] health  a key and a channel that only this script uses; the key is removed again
 --
 -- Returns the replication id.
 --!include keys
@@ -11,7 +11,7 @@
 local key = KEYS[2]
 
 if not RUN then return redis.error_reply('INFO tells no replication id') end
--- The first write, because Redis refuses no memory to a script that has written.
+-- This write must be the first: Redis gives a script that has written as much memory as it needs.
 redis.call('SET', key, NOW, 'PX', 1000)
 redis.call('GET', key)
 redis.call('DEL', key)

@@ -121,7 +121,7 @@ for i = 4, #ARGV do
                 redis.call('ZADD', due_of(id), claim.next_due, claim.next_member)
             end
         elseif kind == 'UNUSED' and redis.call('HGET', settings_of(id), 'left') then
-            -- Its mark was refused, as in a pause, and a load left the claimed job out: load again.
+            -- Its mark was refused, as in a pause, and a load left out the claimed job: load again.
             s.loading = NOW
             redis.call('HSET', settings_of(id), 'loading', NOW)
         end

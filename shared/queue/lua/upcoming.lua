@@ -18,7 +18,8 @@
 
 local after, skip = tonumber(ARGV[1]), tonumber(ARGV[2])
 local within, most = tonumber(ARGV[3]), tonumber(ARGV[4])
--- Whoever may send now is claimed now. A place behind all looks is of a clock that was set back.
+-- Senders that may send now are left to claims. If the place is after all looks, the clock was set
+-- back.
 if after < NOW or after > NOW + within + 1 then after, skip = NOW, 0 end
 
 local found = redis.call('ZRANGEBYSCORE', READY, after, NOW + within, 'WITHSCORES',

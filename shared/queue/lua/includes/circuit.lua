@@ -3,15 +3,15 @@
 -- A sender's circuit (in its settings) opens if only its own connections fail, an endpoint's if
 -- those of several senders fail. So one failing sender stops no other.
 --
--- The endpoint `relay:<user>` is the operator's relay as one user's mail meets it. Its sends also
+-- The endpoint `relay:<user>` is the operator's relay for the mail of one user. Its sends also
 -- need the circuit `relay`, which all users share. A failure counts for `relay` if it came before
 -- MAIL: no mail can cause that. Every other failure counts for the user alone.
 --
 -- While an endpoint's circuit is open, the senders that could send are in `waiters`, scored by the
 -- time since when they could. In `ready` they are scored for a periodic recheck, so that a loss of
 -- the circuit's keys strands no sender. The first sender in `waiters` sends the next probe: a job
--- that failed is due later than one never tried. `waiters` of a closed circuit may be stale: ignore
--- it.
+-- that failed is due later than one never tried. `waiters` of a closed circuit may be stale: they
+-- must be ignored.
 
 local FAILURES = 3
 -- ms between two rechecks of a sender in `waiters`.
@@ -33,7 +33,7 @@ local function circuit(endpoint)
         local f = redis.call('HMGET', circuit_of(endpoint), 'failures', 'by', 'open', 'next',
             'probe', 'until', 'life')
         if f[7] and f[7] ~= LIFE then
-            -- Its times may be from before a step of the clock.
+            -- Its times may date from before a step of the clock.
             redis.call('DEL', circuit_of(endpoint))
             f = {}
         end

@@ -3,7 +3,7 @@
 -- has its own member (`assumed`): the same attempt may be claimed again and take another entry.
 --
 -- A restored lease is different. The dispatcher that sends the job may be connected to another
--- server, where it renews and ends the lease. PostgreSQL has what became of it, so the sender's
+-- server, where it renews and ends the lease. PostgreSQL has the outcome, so the sender's
 -- data is discarded, and a load restores it with its present history.
 
 -- ms until such a sender is looked at again: in PostgreSQL the lease may have expired, and not yet

@@ -11,7 +11,7 @@
 -- before is discarded again, because the history may have been read before the former life became
 -- invalid.
 
--- No such key exists. While the slot of a shard is being moved to another node, a look for it
+-- A key that never exists. While the slot of a shard is being moved to another node, reading it
 -- fails, so that no script stops half way at a key that has been moved already.
 redis.call('EXISTS', prefix .. 'absent')
 
@@ -21,8 +21,8 @@ local LIFE
 -- Whether Redis is out of memory (noeviction). Settling and renewing claims still works, because
 -- it frees memory; no new sender is loaded.
 local FULL = false
--- The limits of users that have none of their own: sends in a window and gap in ms, 0: none. They
--- are those of the dispatcher that claimed last.
+-- The limits of users without limits of their own: sends in a window, and gap in ms; 0 means none.
+-- The dispatcher that claimed last has set them.
 local USER_LIMIT, USER_GAP = 0, 0
 -- By how many ms this server's clock is ahead of PostgreSQL's, as far as the dispatcher that
 -- claimed last knows; 0 if it is behind. Times that PostgreSQL decides (due times, sending hours)

@@ -1,4 +1,4 @@
--- Computes exactly when a sender must be checked next (its look), and puts that into `ready`.
+-- Computes exactly when a sender must be checked next (its look), and stores that in `ready`.
 --
 -- The limits of a sender are implemented here, in simulation.py (forecast), replay.py (audit) and
 -- queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
@@ -12,7 +12,7 @@ local function number_or(value, default)
     return default
 end
 
--- Returns by this server's clock a time that PostgreSQL decides. 0 stands for always.
+-- Converts a time of PostgreSQL's clock to this server's clock. 0 stands for always.
 local function by_own_clock(at)
     return at > 0 and at + AHEAD or 0
 end
@@ -98,8 +98,8 @@ local function allowed_at(s, in_flight, window)
     return math.max(s.probe, s.cool, s.paused or 0, s.opens, gap_end, room)
 end
 
--- Returns which limit `allowed` comes from, by the names of WaitReason in explaining.py. Nothing is
--- calculated again: each limit has its own instant.
+-- Returns the limit that decided `allowed`, by its name in WaitReason (explaining.py). It compares
+-- `allowed` with the instant of each limit.
 local function delay_of(s, allowed)
     local owner = s.owner
     if owner and allowed == owner.allowed then

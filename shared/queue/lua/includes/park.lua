@@ -1,12 +1,12 @@
 -- Parks senders of users who may have no more slots of the dispatcher that claims. So the senders
--- of one user, however many, do not stand before those of another.
+-- of one user, however many, do not delay those of another.
 --
 -- `parked:<user>` has the user's parked senders by the look that they had, `parked` the users by
 -- the time of their last turn. In `ready` a parked sender is scored for a recheck, so that no
 -- sender is stranded by a loss of these keys, or by a dispatcher that does not know them. They may
 -- be stale: a sender that was parked may have been visited since.
 
--- Users whose parked senders one claim considers.
+-- The most users whose parked senders one claim considers.
 local MOST_USERS = 32
 
 local function park(s, look)

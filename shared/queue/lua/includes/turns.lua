@@ -28,7 +28,7 @@ local function through_user(s, at, window)
         redis.call('ZREM', turns, s.id)
         return at
     end
-    -- A sender that waits keeps its place until its turn, also if the user may send by now.
+    -- A sender that waits keeps its place until its turn, even if the user may send by now.
     if redis.call('ZSCORE', turns, s.id) then return NOW + RECHECK end
     if owner_admits(s, window) then return at end
     local last = redis.call('ZRANGE', turns, -1, -1, 'WITHSCORES')[2]
@@ -46,7 +46,7 @@ local function schedule_user(owner, window)
         local since = math.min(NOW, tonumber(first))
         look = math.min(look, math.max(since, allowed_at(owner, in_flight, window)))
     end
-    -- With `turns`, so that nothing of it outlives the rechecks of its senders.
+    -- It expires with `turns`, so that it does not outlive the rechecks of its senders.
     redis.call('PEXPIRE', turns, 2 * RECHECK)
     if look < math.huge then
         redis.call('ZADD', READY, look, owner.id)

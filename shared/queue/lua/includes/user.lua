@@ -8,7 +8,7 @@ local LOST = 'lost'
 local users = {}
 
 -- Returns the limiter of a user; nil if there is none; LOST if its keys are lost or being loaded.
--- One object per user and script run, since the senders of a claim share it; false: there is none.
+-- One object per user and script run, because the senders of a claim share it; false means none.
 local function read_user(user)
     if user == '' then return nil end
     if users[user] ~= nil then return users[user] or nil end

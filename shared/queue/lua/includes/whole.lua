@@ -1,8 +1,8 @@
 -- Whether Redis has all senders of the shard, so that each with something to do has its look.
 --
--- `ready` has one member more than it has senders: the guard, which a rebuild puts there. A loss of
--- the whole key, as by an eviction, takes the guard along, so the next claim notices it. Single
--- members are lost by no eviction and no crash.
+-- `ready` has one member more than it has senders: the guard, which a rebuild puts there. If
+-- the whole key is lost, as by an eviction, the guard is lost too, so the next claim notices it. No
+-- eviction and no crash removes single members.
 
 -- A score that no clock reaches, so the guard is never visited.
 local GUARD_AT = 100000000000000
