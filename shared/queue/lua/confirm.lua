@@ -1,5 +1,5 @@
 -- Returns which claims still have their leases. Called between the mark in PostgreSQL and SMTP. If
--- Redis was lost before that, a rebuild may have read PostgreSQL before the mark, and would give the
+-- Redis was lost in between, a rebuild may have read PostgreSQL before the mark, and would give the
 -- entry of the window to another job: such a claim must be released unsent.
 --
 -- KEYS[1] ready
