@@ -30,18 +30,16 @@ from outbox_server.services.dispatcher.storage import UpcomingBatch, find_upcomi
 from outbox_server.services.dispatcher.storage.endpoint_reports import EndpointReport
 from outbox_server.services.dispatcher.storage.reports import DispatcherReport
 from outbox_server.services.dispatcher.wake import WakeListener
-from outbox_server.services.serving import serve_calls
+from outbox_server.services.serving import open_process
 from outbox_server.shared.agreed.run import UNKNOWN_KEY_SPACE, AgreedRun, run_agreed
 from outbox_server.shared.agreed.values import AgreedSettings
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
 from outbox_server.shared.database.frequent import KeptConnections
 from outbox_server.shared.database.message_ids import installation_id
-from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import Loop, run_until_stopped
 from outbox_server.shared.mail.content import BatchContent, read_batches_by
-from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
@@ -52,8 +50,7 @@ from outbox_server.shared.queue.heartbeats import HeartbeatMemory
 from outbox_server.shared.queue.old_keys import OldKeys
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.rpc.probes import open_probes
-from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
-from outbox_server.shared.rpc.server_info import server_service
+from outbox_server.shared.rpc.server import ServiceBinding
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.helo import helo_name
@@ -61,7 +58,6 @@ from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import ReplyRules
 from outbox_server.shared.templates.workers import WorkerPool
 from outbox_server.shared.tls import TlsContexts
-from outbox_server.shared.traces.endpoint import open_tracer
 
 # The longest wait of a statement for a lock: it works for many jobs, and one row may be locked.
 _LOCK_TIMEOUT: Final = timedelta(seconds=1)
@@ -93,12 +89,8 @@ async def _serve(run: AgreedRun) -> None:
         stack.push_async_callback(redis.aclose)
         stack.push_async_callback(listening.aclose)
 
-        monitoring = await stack.enter_async_context(
-            Monitoring("dispatcher", settings.metrics_listen)
-        )
-        tracer = open_tracer(settings, "dispatcher")
-        if tracer is not None:
-            stack.push_async_callback(tracer.close)
+        process = await stack.enter_async_context(open_process(run, "dispatcher", probes))
+        monitoring = process.monitoring
         metrics = DispatcherMetrics(monitoring.registry)
         queues = open_queues(redis, settings, partial(_circuit_changed, metrics), run.key_space)
         loader = HeadLoader(engine, queues, settings, on_rebuild=metrics.rebuilt)
@@ -166,7 +158,7 @@ async def _serve(run: AgreedRun) -> None:
             progress=progress,
             metrics=metrics,
             guard=guard,
-            tracer=tracer,
+            tracer=process.tracer,
             confirmed_at=lambda: run.confirmed_at,
             number=lambda: reporter.number,
             meter=meter,
@@ -188,23 +180,11 @@ async def _serve(run: AgreedRun) -> None:
             progress=progress,
             queues=queues,
             held_since=lambda: guard.held_since,
-            on_drain=lambda: server.begin_drain(),  # noqa: PLW0108 - `server` is assigned later
+            on_drain=process.begin_drain,
         )
-        schema = SchemaGuard(statements)
-        server = GrpcServer(
-            settings,
-            settings.dispatcher_listen,
-            [
-                ServiceBinding(
-                    "outbox.v1.DispatcherService",
-                    partial(add_DispatcherServiceServicer_to_server, servicer),
-                ),
-                server_service("dispatcher", schema),
-            ],
-            engine=engine,
-            probes=probes,
-            monitoring=monitoring,
-            tracer=tracer,
+        service = ServiceBinding(
+            "outbox.v1.DispatcherService",
+            partial(add_DispatcherServiceServicer_to_server, servicer),
         )
         recovery = Recovery(settings, engine, loader, metrics)
         monitoring.before_scrape(partial(_show_circuits, servicer, metrics))
@@ -238,12 +218,10 @@ async def _serve(run: AgreedRun) -> None:
             *(partial(run_until_stopped, each, stop) for each in endless),
         ]
 
-        await serve_calls(
-            run,
-            server,
-            monitoring,
-            schema,
-            statements,
+        await process.serve(
+            [service],
+            engine,
+            statements=statements,
             loops=work,
             always=[
                 partial(Loop("pool", partial(_close_idle, pool, settings.smtp_idle)).run, stop)

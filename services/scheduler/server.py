@@ -56,11 +56,10 @@ from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.services.scheduler.webhook_delivery import WebhookDelivery
 from outbox_server.services.scheduler.webhook_posts import WebhookPoster
-from outbox_server.services.serving import serve_calls
+from outbox_server.services.serving import open_process
 from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.message_ids import installation_id
-from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.events.watching import EventWatch
 from outbox_server.shared.fair_shares import FairShares
@@ -69,7 +68,6 @@ from outbox_server.shared.heads.coalescing import ShardLoads
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.intake.upload_rate import LeastRate
-from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
@@ -77,13 +75,11 @@ from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.rpc.probes import open_probes
-from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
-from outbox_server.shared.rpc.server_info import server_service
+from outbox_server.shared.rpc.server import ServiceBinding
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.remote import TemplateParser
-from outbox_server.shared.traces.endpoint import open_tracer
 from outbox_server.shared.user_quotas import UserQuotas
 
 # How many pages of exports are read at once, in about 10 ms each, and how many wait.
@@ -126,12 +122,8 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         stack.push_async_callback(statements.dispose)
         redis = connect(settings)
         stack.push_async_callback(redis.aclose)
-        monitoring = await stack.enter_async_context(
-            Monitoring("scheduler", settings.metrics_listen)
-        )
-        tracer = open_tracer(settings, "scheduler")
-        if tracer is not None:
-            stack.push_async_callback(tracer.close)
+        process = await stack.enter_async_context(open_process(run, "scheduler", probes))
+        monitoring, tracer = process.monitoring, process.tracer
         queues = open_queues(redis, settings, key_space=run.key_space)
         loader = HeadLoader(engine, queues, settings)
         # The scheduler shows this too, so that it can be seen when no dispatcher runs.
@@ -216,47 +208,37 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             ids=ids,
             wake=delivery.wake,
         )
-        schema = SchemaGuard(engine)
-        server = GrpcServer(
-            settings,
-            settings.scheduler_listen,
-            [
-                *_services(
-                    settings,
-                    engine,
-                    loader,
-                    intake,
-                    senders,
-                    changes=changes,
-                    sweeper=sweeper,
-                    sets=sets,
-                    canceller=_open_canceller(
-                        stack, engine, changes, loads.load, previewer.installation_id
-                    ),
-                    watch=watch,
-                    imports=imports,
-                    previewer=previewer,
-                    control=control,
+        services = [
+            *_services(
+                settings,
+                engine,
+                loader,
+                intake,
+                senders,
+                changes=changes,
+                sweeper=sweeper,
+                sets=sets,
+                canceller=_open_canceller(
+                    stack, engine, changes, loads.load, previewer.installation_id
                 ),
-                ServiceBinding(
-                    "outbox.v1.EmailJobEventService",
-                    partial(
-                        add_EmailJobEventServiceServicer_to_server,
-                        EmailJobEventServicer(engine, events, settings),
-                    ),
+                watch=watch,
+                imports=imports,
+                previewer=previewer,
+                control=control,
+            ),
+            ServiceBinding(
+                "outbox.v1.EmailJobEventService",
+                partial(
+                    add_EmailJobEventServiceServicer_to_server,
+                    EmailJobEventServicer(engine, events, settings),
                 ),
-                ServiceBinding(
-                    "outbox.v1.WebhookService",
-                    partial(add_WebhookServiceServicer_to_server, webhooks),
-                    {"TestWebhook": webhooks.shares},
-                ),
-                server_service("scheduler", schema),
-            ],
-            engine=engine,
-            probes=probes,
-            monitoring=monitoring,
-            tracer=tracer,
-        )
+            ),
+            ServiceBinding(
+                "outbox.v1.WebhookService",
+                partial(add_WebhookServiceServicer_to_server, webhooks),
+                {"TestWebhook": webhooks.shares},
+            ),
+        ]
         work: list[Callable[[], Awaitable[None]]] = [
             partial(sweeper.run, stop),
             partial(respreader.run, stop),
@@ -275,11 +257,8 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             ),
         ]
 
-        await serve_calls(
-            run,
-            server,
-            monitoring,
-            schema,
+        await process.serve(
+            services,
             engine,
             loops=work,
             check_redis=partial(check_serving, queues),

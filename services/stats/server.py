@@ -10,24 +10,20 @@ from typing import Final
 
 from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
 
-from outbox_server.services.serving import serve_calls
+from outbox_server.services.serving import open_process
 from outbox_server.services.stats import storage
 from outbox_server.services.stats.folding import fold_until_stopped
 from outbox_server.services.stats.metrics import StatsMetrics
 from outbox_server.services.stats.servicers import StatsServicer
 from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
-from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.forecast.pace import Rules
-from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.retention.purging import Purger
 from outbox_server.shared.rpc.probes import open_probes
-from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
-from outbox_server.shared.rpc.server_info import server_service
+from outbox_server.shared.rpc.server import ServiceBinding
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.traces.endpoint import open_tracer
 
 # Methods that read and compute much. They have few places, so that most connections and processor
 # time remain for other calls.
@@ -67,24 +63,11 @@ async def _serve(run: AgreedRun) -> None:
             partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
             dict.fromkeys(_COSTLY, FairShares("forecasts and audits", _AT_ONCE, waiting=_WAITING)),
         )
-        monitoring = await stack.enter_async_context(Monitoring("stats", settings.metrics_listen))
+        process = await stack.enter_async_context(open_process(run, "stats", probes))
         metrics = StatsMetrics(
-            monitoring.registry, partial(storage.read_gauges, engine), DATABASE_ERRORS
+            process.monitoring.registry, partial(storage.read_gauges, engine), DATABASE_ERRORS
         )
-        monitoring.before_scrape(metrics.refresh)
-        tracer = open_tracer(settings, "stats")
-        if tracer is not None:
-            stack.push_async_callback(tracer.close)
-        schema = SchemaGuard(engine)
-        server = GrpcServer(
-            settings,
-            settings.stats_listen,
-            [service, server_service("stats", schema)],
-            engine=engine,
-            probes=probes,
-            monitoring=monitoring,
-            tracer=tracer,
-        )
+        process.monitoring.before_scrape(metrics.refresh)
 
         async def fold() -> int:
             folded = await storage.fold_once(engine)
@@ -98,4 +81,4 @@ async def _serve(run: AgreedRun) -> None:
         if settings.retention is not None:
             work.append(partial(Purger(removing, settings.retention).run, stop))
 
-        await serve_calls(run, server, monitoring, schema, engine, loops=work)
+        await process.serve([service], engine, loops=work)
