@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -257,6 +257,20 @@ class World:
         """Return the number of claims of a sender in Redis."""
         key = self.loader.queue_of(sender).keys.ready.replace("ready", f"lease:{sender}")
         return int(await self.redis.zcard(key))
+
+    async def check_sent(
+        self, mails: Sequence[Mail], jobs: Sequence[int], limits: Mapping[int, int]
+    ) -> None:
+        """Check that these are all jobs, each was sent once, and senders kept gap and limit.
+
+        `mails` are those that the SMTP side saw, and `limits` the hourly limits of senders.
+        """
+        assert await self.states() == {JobState.SENT: len(jobs)}
+        assert jobs_in(mails) == dict.fromkeys(jobs, 1)
+        for sender, limit in limits.items():
+            assert gap_of(mails, sender) >= self.settings.min_gap.total_seconds()
+            assert most_of(mails, sender, self.settings.rate_window) <= limit
+        await self.check_counts()
 
     async def check_counts(self) -> None:
         """Compare every count with a recount of the rows, also by the hour of each final state."""

@@ -17,14 +17,11 @@ from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.services.dispatcher import recovery as recovery_module
 from outbox_server.shared.heads import lives as lives_module
 from outbox_server.shared.queue.connection import open_queues
-from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import RunningDispatcher, options, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer, Succeed, Wait
-from tests.world import World, at_least, gap_of, jobs_in, mails_of, most_of
-
-WINDOW = timedelta(seconds=1)
+from tests.world import World, at_least, jobs_in, mails_of
 
 
 @pytest.fixture(autouse=True)
@@ -70,16 +67,6 @@ async def replicate(replica: Redis, master: Redis, server: ValkeyServer) -> None
     await eventually(synced)
 
 
-async def check(world: World, inbox: Inbox, jobs: list[int], limits: dict[int, int]) -> None:
-    """Compare what the SMTP side saw with the promises."""
-    assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
-    assert await world.states() == {JobState.SENT: len(jobs)}
-    for sender, limit in limits.items():
-        assert gap_of(inbox.mails, sender) >= 0.02
-        assert most_of(inbox.mails, sender, WINDOW) <= limit
-    await world.check_counts()
-
-
 async def test_two_masters_that_lose_their_data_in_turn_break_no_promise(
     database_url: str, inbox: Inbox, first: ValkeyServer, second: ValkeyServer
 ) -> None:
@@ -109,7 +96,7 @@ async def test_two_masters_that_lose_their_data_in_turn_break_no_promise(
                 arrived = len(inbox.mails)
                 await eventually(partial(moved_on, world, inbox, arrived + 6))
                 winners.append(await valid_life(world))
-        await check(world, inbox, jobs, limits)
+        await world.check_sent(inbox.mails, jobs, limits)
         assert len(set(winners)) >= 6, "both have sent, in turn"
 
 
@@ -147,7 +134,7 @@ async def test_a_promoted_replica_that_lacks_writes_sends_alone(
         before = await valid_life(world)
         async with running(two) as new:
             await eventually(world.done)
-            await check(world, inbox, jobs, limits)
+            await world.check_sent(inbox.mails, jobs, limits)
             assert await valid_life(world) != before
             await eventually(partial(is_silent, old))
             await eventually(new.serving)
@@ -161,7 +148,7 @@ async def test_a_promoted_replica_that_lacks_writes_sends_alone(
         await eventually(old.serving)
         late += await world.schedule(next(iter(limits)), 2)
         await eventually(world.done)
-        await check(world, inbox, jobs + late, limits)
+        await world.check_sent(inbox.mails, jobs + late, limits)
 
 
 async def is_silent(dispatcher: RunningDispatcher) -> bool:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AccountRefusal
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
-from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.world import World
 
@@ -30,18 +27,6 @@ KINDS = {
     "T": (AttemptOutcome.TEMPORARY_FAILURE, ReplyClass.TEMPORARY),
     "L": (AttemptOutcome.LEASE_EXPIRED, None),
 }
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
-        yield world
-
-
-@pytest_asyncio.fixture
-async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    async with statements.connect() as connection:
-        yield connection
 
 
 def refusal(

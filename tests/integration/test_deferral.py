@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-import pytest_asyncio
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
-from tests.dispatchers import options, settings_of
 from tests.marked_jobs import mark_refs, raw
 from tests.retrying import retry_failed
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
-        yield world
-
-
-@pytest_asyncio.fixture
-async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    async with statements.connect() as connection:
-        yield connection
 
 
 async def attempt(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
@@ -21,7 +20,6 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
-from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.marked_jobs import (
     LEASE,
@@ -37,20 +35,6 @@ from tests.marked_jobs import (
     whole_row,
 )
 from tests.world import TEST_SHARD, World
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))
-    async with World(settings) as world:
-        yield world
-
-
-@pytest_asyncio.fixture
-async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    async with statements.connect() as connection:
-        yield connection
-
 
 # Mark ----------------------------------------------------------------------------------------
 

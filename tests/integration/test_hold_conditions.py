@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
-import pytest
-
 from outbox_server.shared.holds.storage import begin_hold, end_hold, read_hold
 from outbox_server.shared.states import HoldReason
-from tests.dispatchers import options, settings_of
 from tests.marked_jobs import OVER, mark, recover
 from tests.world import World
 
 DAY = timedelta(days=1)
-
-
-@pytest.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))
-    async with World(settings) as world:
-        yield world
 
 
 async def hold(world: World) -> None:

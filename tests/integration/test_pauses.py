@@ -18,16 +18,9 @@ from outbox_server.services.scheduler.storage.batch_changes import (
     resume_batch,
 )
 from outbox_server.shared.queue.keys import JobRef
-from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.marked_jobs import claims_of, mark
 from tests.world import TEST_SHARD, World
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
-        yield world
 
 
 @pytest_asyncio.fixture

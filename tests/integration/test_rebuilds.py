@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 
 import pytest
-import pytest_asyncio
 
 from outbox_server.shared.heads.loader import HeadLoader, RebuildResult
-from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.world import World
 
@@ -23,12 +21,6 @@ class FailsOnce(HeadLoader):
             self.failed = True
             raise ConnectionError
         await super().load(sender_ids, committed=committed)
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
-        yield world
 
 
 async def test_a_failed_rebuild_does_not_delay_the_next_one(world: World) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-import pytest_asyncio
 from prometheus_client import CollectorRegistry
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -24,20 +23,6 @@ from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE
 from tests.marked_jobs import LEASE, OVER, mark, record_of, recover, settle
 from tests.world import World
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))
-    async with World(settings) as world:
-        yield world
-
-
-@pytest_asyncio.fixture
-async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    async with statements.connect() as connection:
-        yield connection
-
 
 # Recovery ------------------------------------------------------------------------------------
 

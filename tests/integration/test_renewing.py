@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import pytest_asyncio
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -17,25 +15,12 @@ from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState
-from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.marked_jobs import mark_refs, raw
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
 OVER = timedelta(milliseconds=-1)  # a lease that has expired when it begins
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
-        yield world
-
-
-@pytest_asyncio.fixture
-async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    async with statements.connect() as connection:
-        yield connection
 
 
 async def marked_jobs(

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest_asyncio
-
-from tests.dispatchers import options, settings_of
 from tests.world import World
-
-
-@pytest_asyncio.fixture
-async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
-    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
-        yield world
 
 
 async def test_two_users_who_name_the_same_account_share_no_circuit(world: World) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -44,21 +43,6 @@ CONNECTION = AttemptOutcome.CONNECTION_FAILURE
 IN_DOUBT = AttemptOutcome.IN_DOUBT
 BEFORE_THE_BODY = ("mail", "rcpt", "data")
 OPENING = ("greeting", "ehlo", *BEFORE_THE_BODY)
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[SmtpPool]:
-    pool = pool_of(timeout=30.0)
-    yield pool
-    await pool.close()
-
-
-@pytest.fixture
-async def short_pool() -> AsyncIterator[SmtpPool]:
-    """A pool with a short time-out for a silent server."""
-    pool = pool_of()
-    yield pool
-    await pool.close()
 
 
 # Refusals ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,13 +36,6 @@ TEMPORARY = AttemptOutcome.TEMPORARY_FAILURE
 PERMANENT = AttemptOutcome.PERMANENT_FAILURE
 CONNECTION = AttemptOutcome.CONNECTION_FAILURE
 IN_DOUBT = AttemptOutcome.IN_DOUBT
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[SmtpPool]:
-    pool = pool_of(timeout=30.0)
-    yield pool
-    await pool.close()
 
 
 # Without failures ----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,21 +36,6 @@ from tests.smtp_servers import (
 SENT = AttemptOutcome.SENT
 CONNECTION = AttemptOutcome.CONNECTION_FAILURE
 IN_DOUBT = AttemptOutcome.IN_DOUBT
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[SmtpPool]:
-    pool = pool_of(timeout=30.0)
-    yield pool
-    await pool.close()
-
-
-@pytest.fixture
-async def short_pool() -> AsyncIterator[SmtpPool]:
-    """A pool with a short time-out for a silent server."""
-    pool = pool_of()
-    yield pool
-    await pool.close()
 
 
 # TLS and AUTH --------------------------------------------------------------------------------

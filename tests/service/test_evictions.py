@@ -11,10 +11,9 @@ import pytest_asyncio
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import recovery as recovery_module
-from outbox_server.shared.states import JobState
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
-from tests.world import World, at_least, gap_of, jobs_in, most_of
+from tests.world import World, at_least, jobs_in
 
 SENDERS = 30
 
@@ -60,11 +59,7 @@ async def test_evictions_while_mail_is_sent_break_no_promise(
         await evict(world, share)
     await eventually(world.done)
 
-    assert await world.states() == {JobState.SENT: len(jobs)}
-    assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
-    for sender, limit in limits.items():
-        assert gap_of(inbox.mails, sender) >= 0.02
-        assert most_of(inbox.mails, sender, timedelta(seconds=1)) <= limit
+    await world.check_sent(inbox.mails, jobs, limits)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
