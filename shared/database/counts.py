@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, TypeAlias
 
 from sqlalchemy import (
@@ -48,8 +49,8 @@ from outbox_server.shared.states import BatchState, JobChangeKind, JobState
 _WAITS_CANCELLED: Final = 0
 # A key, a state, and the number of jobs.
 _Counts: TypeAlias = Select[int, int, int]
-# A table of cancellations, with the columns `batch_id` and `sender_id`.
-_Table: TypeAlias = type[BatchCancellation] | type[JobChange]
+# What a statement reads of a table that has the columns `batch_id` and `sender_id`.
+_OfTable: TypeAlias = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +140,10 @@ def _sending() -> CTE:
     return jobs.cte("sending").prefix_with("MATERIALIZED")
 
 
-def _being_cancelled(
-    key: Callable[[_Table], Any], which: Callable[[_Table], ColumnElement[bool]], sending: CTE
-) -> tuple[_Counts, ...]:
+def _being_cancelled(key: _OfTable, which: _OfTable, sending: CTE) -> tuple[_Counts, ...]:
     """Return the waiting jobs that are cancelled, but whose rows are not updated yet.
 
-    Those of a cancelled batch are its open jobs minus SENDING. `key` and `which` are about the
-    batch and the sender of a table.
+    Those of a cancelled batch are its open jobs minus SENDING.
     """
     state = literal(_WAITS_CANCELLED)
     waiting = int(JobState.SCHEDULED)
@@ -185,54 +183,29 @@ def _sum_up(*parts: _Counts) -> _Counts:
     ).group_by(part.c.key, part.c.state)
 
 
-def _batch_statement() -> _Counts:
+def _statement(stored: type[BatchCount | SenderCount], key: _OfTable, which: _OfTable) -> _Counts:
+    """Return the statement that counts the jobs `which` by `key` and state.
+
+    `stored` are the sums to which the deltas that are not folded yet are added.
+    """
     sending = _sending()
-    wanted = any_(bindparam("ids", type_=ARRAY(BigInteger)))
     return _sum_up(
-        select(BatchCount.batch_id.label("key"), BatchCount.state, BatchCount.n).where(
-            BatchCount.batch_id == wanted
-        ),
-        select(CountDelta.batch_id, CountDelta.state, CountDelta.n).where(
-            CountDelta.batch_id == wanted
-        ),
-        select(sending.c.batch_id, literal(int(JobState.SENDING)), literal(1)).where(
-            sending.c.batch_id == wanted
-        ),
-        *_being_cancelled(lambda of: of.batch_id, lambda of: of.batch_id == wanted, sending),
+        select(key(stored).label("key"), stored.state, stored.n).where(which(stored)),
+        select(key(CountDelta), CountDelta.state, CountDelta.n).where(which(CountDelta)),
+        select(key(sending.c), literal(int(JobState.SENDING)), literal(1)).where(which(sending.c)),
+        *_being_cancelled(key, which, sending),
     )
 
 
-def _sender_statement() -> _Counts:
-    sending = _sending()
+def _statement_by(stored: type[BatchCount | SenderCount], column: str) -> _Counts:
     wanted = any_(bindparam("ids", type_=ARRAY(BigInteger)))
-    return _sum_up(
-        select(SenderCount.sender_id.label("key"), SenderCount.state, SenderCount.n).where(
-            SenderCount.sender_id == wanted
-        ),
-        select(CountDelta.sender_id, CountDelta.state, CountDelta.n).where(
-            CountDelta.sender_id == wanted
-        ),
-        select(sending.c.sender_id, literal(int(JobState.SENDING)), literal(1)).where(
-            sending.c.sender_id == wanted
-        ),
-        *_being_cancelled(lambda of: of.sender_id, lambda of: of.sender_id == wanted, sending),
-    )
+    return _statement(stored, attrgetter(column), lambda of: getattr(of, column) == wanted)
 
 
 def _user_statement() -> _Counts:
-    sending = _sending()
     wanted = select(Sender.id).where(Sender.user_id == bindparam("user_id"))
     everything = literal(0).label("key")
-    return _sum_up(
-        select(everything, SenderCount.state, SenderCount.n).where(
-            SenderCount.sender_id.in_(wanted)
-        ),
-        select(everything, CountDelta.state, CountDelta.n).where(CountDelta.sender_id.in_(wanted)),
-        select(everything, literal(int(JobState.SENDING)), literal(1)).where(
-            sending.c.sender_id.in_(wanted)
-        ),
-        *_being_cancelled(lambda _: everything, lambda of: of.sender_id.in_(wanted), sending),
-    )
+    return _statement(SenderCount, lambda _: everything, lambda of: of.sender_id.in_(wanted))
 
 
 def _most_open_statement() -> Select[str, int, bool]:
@@ -277,6 +250,6 @@ def _most_open_statement() -> Select[str, int, bool]:
 # The open jobs of each of `user_ids` (see `JobCounts.open`), with those that are being cancelled or
 # retried, and whether there may be such jobs. Users without any are missing.
 MOST_OPEN_COUNTS: Final = _most_open_statement()
-_BATCH_COUNTS: Final = _batch_statement()
-_SENDER_COUNTS: Final = _sender_statement()
+_BATCH_COUNTS: Final = _statement_by(BatchCount, "batch_id")
+_SENDER_COUNTS: Final = _statement_by(SenderCount, "sender_id")
 _USER_COUNTS: Final = _user_statement()
