@@ -60,8 +60,8 @@ class Permit:
 
 
 @dataclass(eq=False, slots=True)
-class Endpoint:
-    """What is known about an endpoint of one user."""
+class EndpointUse:
+    """The use of an endpoint by the mails of one user."""
 
     user: str
     relay: bool
@@ -123,10 +123,10 @@ class Shares:
         self.unproven_of: Mapping[str, int] = {}
         self._clock = clock
         # In the order in which they were last used.
-        self._endpoints: OrderedDict[str, Endpoint] = OrderedDict()
+        self._endpoints: OrderedDict[str, EndpointUse] = OrderedDict()
         self._turns = count()
         # The endpoints with permits in use.
-        self._busy: dict[str, Endpoint] = {}
+        self._busy: dict[str, EndpointUse] = {}
         # In the order in which they were last seen.
         self._users: OrderedDict[str, User] = OrderedDict()
         # The users that have or want a slot.
@@ -206,12 +206,12 @@ class Shares:
 
     # Endpoints and users ---------------------------------------------------------------------
 
-    def endpoint(self, route: Route) -> Endpoint:
+    def endpoint(self, route: Route) -> EndpointUse:
         """Return what is known about the endpoint of a route."""
         found = self._endpoints.get(route.endpoint)
         if found is None:
             self._make_room()
-            found = Endpoint(route.user, route.relay, next(self._turns), proven=route.relay)
+            found = EndpointUse(route.user, route.relay, next(self._turns), proven=route.relay)
             if route.relay:
                 found.was_slow = False
             found.used_at = self._clock()
@@ -269,7 +269,7 @@ class Shares:
         unproven = (each for each in self._busy.values() if not each.proven)
         return sum(len(each.permits) for each in unproven if each.user == user)
 
-    def _is_slow(self, endpoint: Endpoint, now: float) -> bool:
+    def _is_slow(self, endpoint: EndpointUse, now: float) -> bool:
         """Return whether the last send, or one in progress, is slow. Unknown means slow."""
         oldest = next(iter(endpoint.permits), None)
         stuck = oldest is not None and now - oldest.since > _SLOW_AFTER_S
