@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from outbox_server.shared.bounds import MAX_HEADER_BYTES
+from outbox_server.shared.quoting import quoted
 
 _UNSUBSCRIBE: Final = "List-Unsubscribe"
 _ONE_CLICK: Final = "List-Unsubscribe-Post"
@@ -35,7 +36,6 @@ _URI: Final = r"<(?:https?://|mailto:)[!-;=?-~]+>"
 _URIS: Final = re.compile(rf"{_URI}(?: *, *{_URI})*", re.ASCII | re.IGNORECASE)
 _MESSAGE_ID: Final = r"<[!-;=?A-~]+@[!-;=?A-~]+>"
 _MESSAGE_IDS: Final = re.compile(rf"{_MESSAGE_ID}(?: *{_MESSAGE_ID})*", re.ASCII)
-_MAX_SHOWN: Final = 80
 
 
 class BadHeader(ValueError):
@@ -58,7 +58,7 @@ def header_name(name: str) -> str:
         return _ALLOWED[lowered]
     if not _OWN_NAME.fullmatch(name) or lowered.startswith(_RESERVED):
         raise BadHeader(
-            f"{_shown(name)} is not allowed; allowed are {', '.join(_ALLOWED.values())}, and "
+            f"{quoted(name)} is not allowed; allowed are {', '.join(_ALLOWED.values())}, and "
             "names of letters, digits and `-` that begin with `X-`, but not with X-Outbox-"
         )
     return name
@@ -85,18 +85,18 @@ def check_header(name: str, value: str) -> None:
             "HEADER_TOO_LONG",
         )
     if not is_encodable(name) and not value.isascii():
-        raise BadHeader(f"{name} can have only ASCII characters (got {_shown(value)})")
+        raise BadHeader(f"{name} can have only ASCII characters (got {quoted(value)})")
     if name == _UNSUBSCRIBE and not _URIS.fullmatch(value):
         raise BadHeader(
             f"{name} must be https, http or mailto URIs in angle brackets, separated by commas, "
-            f"such as <https://example.com/u?id=1> (got {_shown(value)})"
+            f"such as <https://example.com/u?id=1> (got {quoted(value)})"
         )
     if name == _ONE_CLICK and value != _ONE_CLICK_VALUE:
-        raise BadHeader(f"{name} must be exactly {_ONE_CLICK_VALUE} (got {_shown(value)})")
+        raise BadHeader(f"{name} must be exactly {_ONE_CLICK_VALUE} (got {quoted(value)})")
     if name in ("In-Reply-To", "References") and not _MESSAGE_IDS.fullmatch(value):
         raise BadHeader(
             f"{name} must be Message-IDs in angle brackets, such as <1@example.com> "
-            f"(got {_shown(value)})"
+            f"(got {quoted(value)})"
         )
 
 
@@ -114,7 +114,3 @@ def check_headers(headers: Sequence[tuple[str, str]]) -> None:
 def needs_unsubscribe(names: Sequence[str]) -> bool:
     """Return whether the header that List-Unsubscribe-Post needs is missing."""
     return _ONE_CLICK in names and _UNSUBSCRIBE not in names
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")

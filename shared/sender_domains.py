@@ -12,10 +12,10 @@ from typing import Final
 import idna
 
 from outbox_server.shared.errors import PermissionDenied
+from outbox_server.shared.quoting import quoted
 
 _WILDCARD: Final = "*."
 _LONGEST: Final = 253
-_MAX_SHOWN: Final = 80
 
 
 def normalise_domain(text: str) -> str:
@@ -26,7 +26,7 @@ def normalise_domain(text: str) -> str:
     Raises:
         ValueError: it is not a domain; the text says what is wrong.
     """
-    shown = repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")
+    shown = quoted(text)
     # Checked first, because normalising a long text is slow.
     if len(text) > _LONGEST:
         raise ValueError(f"{shown} is longer than {_LONGEST} characters")

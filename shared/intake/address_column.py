@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.quoting import quoted
 from outbox_server.shared.templates.batch import variable_name
 
 MAX_SHOWN_COLUMNS: Final = 50
-_MAX_SHOWN: Final = 80
 # Words for e-mail, as variable names have them: `E-Mail` is `e_mail`.
 _EMAIL: Final = (
     *("e_mail", "email", "e_mails", "emails", "mailto", "courriel", "mél", "e_post", "mail"),
@@ -103,9 +103,9 @@ def find_email_column(columns: Sequence[str], names: Sequence[str], wanted: str 
 
 def no_email_column(columns: Sequence[str], wanted: str = "") -> InvalidInput:
     """Return the error of a header without an address column."""
-    found = ", ".join(map(show, columns[:MAX_SHOWN_COLUMNS]))
+    found = ", ".join(map(quoted, columns[:MAX_SHOWN_COLUMNS]))
     said = (
-        f"the CSV has no column {show(wanted)}, which options.email_column names"
+        f"the CSV has no column {quoted(wanted)}, which options.email_column names"
         if wanted
         else "the CSV must have a column `email`, or options.email_column must name its column of "
         "addresses"
@@ -115,11 +115,6 @@ def no_email_column(columns: Sequence[str], wanted: str = "") -> InvalidInput:
         reason="CSV_NO_EMAIL_COLUMN",
         metadata={"columns": found},
     )
-
-
-def show(text: str) -> str:
-    """Return a quoted text of bounded length."""
-    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")
 
 
 def _named(columns: Sequence[str], names: Sequence[str], wanted: str) -> int | None:
@@ -133,7 +128,7 @@ def _named(columns: Sequence[str], names: Sequence[str], wanted: str) -> int | N
 
 def _only(columns: Sequence[str], names: Sequence[str], found: Sequence[int]) -> int:
     if len(found) > 1:
-        first, second = (show(columns[index]) for index in found[:2])
+        first, second = (quoted(columns[index]) for index in found[:2])
         raise InvalidInput(
             f"the columns {first} and {second} may both hold the addresses; rename one, or name "
             "the right one in options.email_column",

@@ -18,6 +18,7 @@ from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES
 
 from outbox_server.shared.address_faults import address_fault
 from outbox_server.shared.bounds import MAX_ADDRESS
+from outbox_server.shared.quoting import quoted
 
 _ATOM = r"[A-Za-z0-9_!#$%&'*+\-/=?^`{|}~]+"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -37,7 +38,6 @@ _NOT_IN_ADDRESS = re.compile(r"[<>\s]")
 # White space that people paste around an address. Line breaks are not among it, because they end a
 # header.
 _PASTED_SPACE = " \t\u00a0\u200b\ufeff"
-_MAX_SHOWN = 80
 
 
 class BadAddress(ValueError):
@@ -106,15 +106,15 @@ def _check_by_library(text: str, *, special_domains: bool) -> str:
     if control:
         raise BadAddress(
             "CONTROL_CHARACTER",
-            f"{_show(text)} contains a control character (U+{ord(control[0]):04X})",
+            f"{quoted(text)} contains a control character (U+{ord(control[0]):04X})",
         )
     if sum("@" in part for part in _SEPARATORS.split(text)) > 1:
         raise BadAddress(
-            "TWO_ADDRESSES", f"{_show(text)} is more than one address; use one row for each"
+            "TWO_ADDRESSES", f"{quoted(text)} is more than one address; use one row for each"
         )
     bracketed = _in_brackets(text)
     if bracketed:
-        raise BadAddress("ADDRESS_INVALID", f"{_show(text)}: write only {_show(bracketed)}")
+        raise BadAddress("ADDRESS_INVALID", f"{quoted(text)}: write only {quoted(bracketed)}")
     suffix = _private_suffix(text) if special_domains else ""
     try:
         if suffix:
@@ -123,7 +123,7 @@ def _check_by_library(text: str, *, special_domains: bool) -> str:
             return valid[: -len(suffix)] + suffix
         return validate_email(text, check_deliverability=False).normalized
     except EmailNotValidError:
-        raise BadAddress("ADDRESS_INVALID", f"{_show(text)} {address_fault(text)}") from None
+        raise BadAddress("ADDRESS_INVALID", f"{quoted(text)} {address_fault(text)}") from None
 
 
 def _private_suffix(text: str) -> str:
@@ -141,7 +141,7 @@ def _too_long(text: str) -> BadAddress:
         return BadAddress("EMAIL_MISSING", "there is no address")
     return BadAddress(
         "ADDRESS_INVALID",
-        f"{_show(text)} is too long: an address must have at most {MAX_ADDRESS} characters "
+        f"{quoted(text)} is too long: an address must have at most {MAX_ADDRESS} characters "
         f"(got {len(text):,}); use one row for each address",
     )
 
@@ -154,7 +154,3 @@ def _in_brackets(text: str) -> str:
     inner = text[text.rfind("<") + 1 : -1].strip() if "<" in text else ""
     local, at, domain = inner.partition("@")
     return inner if local and at and domain and not _NOT_IN_ADDRESS.search(inner) else ""
-
-
-def _show(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")

@@ -25,8 +25,9 @@ from outbox_server.shared.bounds import (
     MAX_HEADER,
 )
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.intake.address_column import find_email_column, no_email_column, show
+from outbox_server.shared.intake.address_column import find_email_column, no_email_column
 from outbox_server.shared.intake.csv_header import HeaderCandidate, choose
+from outbox_server.shared.quoting import quoted
 from outbox_server.shared.templates.batch import variable_name
 
 # The names of the column with a row's time zone. The second name occurs in older files; a file may
@@ -382,7 +383,7 @@ def _check_header(columns: Sequence[str]) -> None:
     if len(longest) > MAX_COLUMN_NAME:
         wrong = (
             f"the name of a column must have at most {MAX_COLUMN_NAME} characters "
-            f"(got {len(longest):,}): {show(longest)}"
+            f"(got {len(longest):,}): {quoted(longest)}"
         )
     if wrong:
         raise InvalidInput(f"in the header: {wrong}", reason="CSV_HEADER_TOO_LONG")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.intake.address_column import show
 from outbox_server.shared.intake.tags import RawTags
+from outbox_server.shared.quoting import quoted
 from outbox_server.shared.templates.batch import variable_name
 
 _ABSENT: Final = -1
@@ -23,7 +23,7 @@ def find_column(names: Sequence[str], column: str, option: str) -> int:
     if name not in names:
         raise InvalidInput.field(
             f"options.{option}",
-            f"the CSV has no column {show(column)}",
+            f"the CSV has no column {quoted(column)}",
             reason=f"{option.upper()}_INVALID",
         )
     return names.index(name)

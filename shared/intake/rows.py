@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from outbox_server.shared.bounds import EXTERNAL_ID, MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.intake.address_column import show
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 from outbox_server.shared.intake.csv_reader import ZONE_NAMES, CsvTable
 from outbox_server.shared.intake.csv_tags import CsvTags, find_column
@@ -24,6 +23,7 @@ from outbox_server.shared.intake.send_times import (
     parse_schedule_time,
 )
 from outbox_server.shared.intake.tags import BadTag, RawTags, RowTags
+from outbox_server.shared.quoting import quoted, shortened
 from outbox_server.shared.templates.batch import (
     LINE_BREAK,
     BatchTemplate,
@@ -40,7 +40,6 @@ _BLOCK_CHARACTERS = 4 * 1024 * 1024
 _ABSENT = -1
 # The number of column names whose variable names are cached, since rows repeat the same columns.
 _MAX_CACHED_NAMES = 10_000
-_MAX_SHOWN = 80
 # Columns of a structured row that would hold its address, which belongs in `email`.
 EMAIL_NAMES = frozenset({"email", "e_mail", "email_address", "e_mail_address"})
 _MAYBE_EMAIL_NAMES = frozenset({"recipient", "to"})
@@ -398,19 +397,15 @@ def _oversized(columns: Mapping[str, str]) -> _Problem | None:
                 "",
                 "COLUMN_NAME_TOO_LONG",
                 f"the name of a column must have at most {MAX_COLUMN_NAME} characters "
-                f"(got {len(column):,}): {_cut(column)!r}",
+                f"(got {len(column):,}): {quoted(column)}",
             )
         if len(cell) > MAX_CELL:
             return _Problem(
-                _cut(column),
+                shortened(column),
                 "CELL_TOO_LONG",
                 f"a cell must have at most {MAX_CELL:,} characters (got {len(cell):,})",
             )
     return None
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _check_used(
@@ -428,14 +423,14 @@ def _check_used(
     for column, name in zip(table.columns, table.names, strict=True):
         if name in used and name in first:
             raise InvalidInput(
-                f"the columns {show(first[name])} and {show(column)} have the same variable name, "
-                f"`{name}`, which is used; rename one",
+                f"the columns {quoted(first[name])} and {quoted(column)} have the same variable "
+                f"name, `{name}`, which is used; rename one",
                 reason="CSV_DUPLICATE_COLUMN",
                 metadata={"column": name},
             )
         first.setdefault(name, column)
     if timed and first.keys() >= set(ZONE_NAMES):
-        zones = [show(first[name]) for name in ZONE_NAMES]
+        zones = [quoted(first[name]) for name in ZONE_NAMES]
         raise InvalidInput(
             f"the columns {zones[0]} and {zones[1]} both give the time zone of a row; keep one",
             reason="CSV_DUPLICATE_COLUMN",
@@ -455,7 +450,7 @@ def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem 
         if len(name) > MAX_COLUMN_NAME:
             # Every rejection repeats this text, and a template has room for a name of 256 KiB.
             return _Problem(
-                _cut(name),
+                shortened(name),
                 "COLUMN_MISSING",
                 f"the template needs a column whose name has {len(name):,} characters; the name of "
                 f"a column has at most {MAX_COLUMN_NAME}",

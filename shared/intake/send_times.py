@@ -14,6 +14,7 @@ from functools import lru_cache
 from zoneinfo import ZoneInfo
 
 from outbox_server.shared.bounds import MAX_TIME, TIME_ZONE
+from outbox_server.shared.quoting import quoted
 
 _FORM = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d(?::?[0-5]\d)?)?",
@@ -146,4 +147,4 @@ def _invalid(message: str) -> BadScheduleTime:
 
 
 def _show(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")
+    return quoted(text, _MAX_SHOWN)

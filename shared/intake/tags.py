@@ -10,9 +10,9 @@ from typing import Final, NamedTuple
 
 from outbox_server.shared.bounds import EXTERNAL_ID, LABEL_KEY, LABEL_VALUE, MAX_LABELS
 from outbox_server.shared.mail_headers import CONTROL
+from outbox_server.shared.quoting import quoted
 
 _KEY: Final = re.compile(r"[a-z][a-z0-9_-]*", re.ASCII)
-_MAX_SHOWN: Final = 80
 _KEY_BYTES: Final = 8
 
 
@@ -98,10 +98,9 @@ def check_label_key(key: str) -> None:
         BadTag: LABELS_INVALID.
     """
     if not is_label_key(key):
-        shown = key if len(key) <= _MAX_SHOWN else f"{key[:_MAX_SHOWN]}..."
         raise BadTag(
             f"the key of a label must have 1 to {LABEL_KEY.most} characters: a lower-case letter, "
-            f"then lower-case letters, digits, `_` and `-` (got {shown!r})",
+            f"then lower-case letters, digits, `_` and `-` (got {quoted(key)})",
             LABEL_KEY.reason,
         )
 

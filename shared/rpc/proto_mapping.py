@@ -13,6 +13,7 @@ from outbox.v1 import email_job_pb2, sender_pb2
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.database.counts import JobCounts
 from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.quoting import quoted
 from outbox_server.shared.rpc.page_tokens import MAX_ID
 
 # The ids that `id_text` writes: ASCII, no sign, no leading zero, so that each has one spelling.
@@ -51,10 +52,9 @@ def not_found(field: str, text: str) -> NotFound:
     leaf = _leaf(field)
     thing = leaf.removesuffix("_ID")
     words = thing.lower().replace("_", " ").replace("email", "e-mail")
-    shown = text if len(text) <= _MAX_SHOWN_ID else f"{text[:_MAX_SHOWN_ID]}..."
     removed = ", or it was removed after OUTBOX_RETENTION" if words in _REMOVED else ""
     return NotFound(
-        f"there is no {words} {shown!r}{removed}",
+        f"there is no {words} {quoted(text, _MAX_SHOWN_ID)}{removed}",
         reason=f"{thing}_NOT_FOUND",
         metadata={leaf.lower(): text},
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.quoting import shortened
 from outbox_server.shared.smtp.reply_rules import Rule, RuleReader
 
 BUILT_IN_FILE: Final = "reply_rules.toml"
@@ -150,5 +151,6 @@ class _RuleFile:
         self._fail(line, f"{key}: {text}" if key else text)
 
     def _fail(self, line: int, text: str) -> NoReturn:
-        shown = text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
-        raise ConfigurationError(f"OUTBOX_REPLY_RULES: {self._path}, line {line}: {shown}")
+        raise ConfigurationError(
+            f"OUTBOX_REPLY_RULES: {self._path}, line {line}: {shortened(text, MAX_MESSAGE)}"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from outbox_server.shared.quoting import shortened
 from outbox_server.shared.smtp.phase import Phase
 from outbox_server.shared.states import ReplyClass
 
@@ -196,4 +197,4 @@ class RuleReader:
 def _shown(value: object) -> str:
     """Return an entry as an error message quotes it."""
     text = f'"{value}"' if isinstance(value, str) else str(value)
-    return text if len(text) <= MAX_PHRASE else text[:MAX_PHRASE] + "..."
+    return shortened(text, MAX_PHRASE)

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple, Self, TypeVar
 from outbox_server.shared.bounds import DISPLAY_NAME, MAX_ADDRESS, MAX_HEADER_TEMPLATE_BYTES
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.mail_headers import CONTROL, BadHeader, check_header, check_headers
+from outbox_server.shared.quoting import quoted
 from outbox_server.shared.smtp.addresses import envelope_address
 from outbox_server.shared.templates.source import (
     MAX_SOURCE_BYTES,
@@ -27,7 +28,6 @@ from outbox_server.shared.templates.source import (
 T = TypeVar("T")
 
 _REPLY_TO: Final = "reply_to"
-_MAX_SHOWN: Final = 80
 # `Support <help@example.com>`, or the name in quotes.
 _MAILBOX: Final = re.compile(r"([^<>]*)<([^<>]*)>")
 _ESCAPED: Final = re.compile(r"\\(.)")
@@ -254,7 +254,6 @@ def _mailbox_of(text: str) -> Mailbox | None:
 
 
 def _address(text: str) -> str:
-    shown = repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
     if len(text) <= MAX_ADDRESS:
         with suppress(ValueError):
             address = envelope_address(text)
@@ -262,7 +261,7 @@ def _address(text: str) -> str:
             if _ASCII_DOMAIN.fullmatch(domain) or not domain.isascii():
                 return address
     raise _bad_reply_to(
-        f"must be one address, or a name and one address in angle brackets (got {shown})"
+        f"must be one address, or a name and one address in angle brackets (got {quoted(text)})"
     )
 
 

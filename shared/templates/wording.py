@@ -23,6 +23,7 @@ from liquid.token import TOKEN_EOF, TOKEN_TAG
 
 if TYPE_CHECKING:
     from liquid.token import Token
+from outbox_server.shared.quoting import shortened
 
 _MAX_SHOWN: Final = 40
 # How the library's message names the missing end tag.
@@ -88,7 +89,7 @@ def _text_at(token: Token, message: str) -> str:
     """Return the text of a syntax error. Only its kind is taken from the library's message."""
     if token.kind == TOKEN_EOF:
         return _text_at_the_end(token.value, message)
-    shown = token.value if len(token.value) <= _MAX_SHOWN else f"{token.value[:_MAX_SHOWN]}..."
+    shown = shortened(token.value, _MAX_SHOWN)
     if token.kind != TOKEN_TAG:
         return f"unexpected {shown!r}"
     if message == "missing expression":

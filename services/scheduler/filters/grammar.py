@@ -17,6 +17,7 @@ from typing import Final, Generic, TypeAlias, TypeVar, Union
 
 from outbox_server.shared.bounds import FILTER, MAX_FILTER_DEPTH, MAX_FILTER_TERMS
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.quoting import quoted
 
 L = TypeVar("L")
 
@@ -107,7 +108,7 @@ def leaves(tree: Tree[L]) -> Iterator[L]:
 
 def shown(text: str) -> str:
     """Return a text for an error message, in quotes and cut."""
-    return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
+    return quoted(text, _MAX_SHOWN)
 
 
 class _Parser:
