@@ -21,9 +21,10 @@ from liquid.exceptions import (
 )
 from liquid.token import TOKEN_EOF, TOKEN_TAG
 
+from outbox_server.shared.quoting import shortened
+
 if TYPE_CHECKING:
     from liquid.token import Token
-from outbox_server.shared.quoting import shortened
 
 _MAX_SHOWN: Final = 40
 # How the library's message names the missing end tag.

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, cast, extract, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.storage.batches import stored_headers
+from outbox_server.services.scheduler.storage.changes import next_revision
 from outbox_server.shared.database.models import Batch
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.pauses import (
@@ -95,15 +96,11 @@ async def change_batch(
 ) -> None:
     """Change a locked batch, and mark the head of its sender to be loaded."""
     await connection.execute(
-        update(Batch).where(Batch.id == batch.batch_id).values(revision=_next_revision(), **values)
+        update(Batch)
+        .where(Batch.id == batch.batch_id)
+        .values(revision=next_revision(Batch.revision), **values)
     )
     await mark_stale(connection, [batch.sender_id])
-
-
-def _next_revision() -> ColumnElement[int]:
-    """Return a revision that no other change has, even one that a failover has lost."""
-    microseconds = cast(extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
-    return func.greatest(Batch.revision + 1, microseconds)
 
 
 async def pause_batch(

@@ -11,10 +11,13 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Text,
     and_,
+    cast,
     delete,
+    extract,
     func,
     literal,
     select,
@@ -38,6 +41,12 @@ _ANY_USER: Final = ""
 ACCEPTING: Final = frozenset({"ScheduleBatch", "UploadBatch", "UploadBatchFile", "SendTestEmail"})
 # The row of an earlier request may be removed between two statements.
 _TRIES: Final = 3
+
+
+def next_revision(revision: InstrumentedAttribute[int]) -> ColumnElement[int]:
+    """Return a revision that no other change has, even one that a failover has lost."""
+    microseconds = cast(extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
+    return func.greatest(revision + 1, microseconds)
 
 
 @dataclass(frozen=True, slots=True)

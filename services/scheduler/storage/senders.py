@@ -8,15 +8,11 @@ from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
     Select,
     Text,
     case,
-    cast,
     delete,
     exists,
-    extract,
     func,
     literal,
     null,
@@ -29,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.cancelling import cancel_batches_of
+from outbox_server.services.scheduler.storage.changes import next_revision
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.services.scheduler.storage.oauth2_credentials import (
     VISIBLE_CREDENTIALS,
@@ -306,7 +303,7 @@ async def _update(
     changed = owned_by(
         update(Sender)
         .where(Sender.id == sender_id, _NOT_DELETED)
-        .values(revision=_next_revision(), updated_at=func.now(), **columns)
+        .values(revision=next_revision(Sender.revision), updated_at=func.now(), **columns)
         .returning(*_ALL),
         Sender.user_id,
         user_id,
@@ -319,12 +316,6 @@ async def _update(
         return None
     await mark_stale(connection, [sender_id])
     return _record(row, cooldown_of(row))
-
-
-def _next_revision() -> ColumnElement[int]:
-    """Return a revision that no other change has, even one that a failover has lost."""
-    microseconds = cast(extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
-    return func.greatest(Sender.revision + 1, microseconds)
 
 
 async def _end_cooldown(connection: AsyncConnection, sender_id: int) -> CooldownRecord | None:

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
+from outbox_server.services.scheduler.storage.changes import next_revision
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.shared.database.models import WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
@@ -171,7 +172,7 @@ async def update_webhook(
     statement = (
         update(WebhookRow)
         .where(WebhookRow.id == webhook_id)
-        .values(revision=WebhookRow.revision + 1, **changed)
+        .values(revision=next_revision(WebhookRow.revision), **changed)
         .returning(*WEBHOOK_COLUMNS)
     )
     return webhook_of(

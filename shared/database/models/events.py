@@ -92,7 +92,7 @@ class WebhookRow(Base):
     sender_id: Mapped[int | None] = mapped_column(BigInteger)
     states: Mapped[list[int]] = mapped_column(ARRAY(SmallInteger), server_default="{}")
     disabled: Mapped[bool] = mapped_column(server_default=text("false"))
-    # Every change by a caller increments it.
+    # Every change by a caller increases it.
     revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
     created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
     # The events up to this one were delivered, or are in `webhook_deliveries`.
