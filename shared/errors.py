@@ -6,7 +6,7 @@ Domain code raises these without knowing gRPC. `shared.rpc.errors` maps them to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -198,3 +198,12 @@ class ConfigurationError(OutboxError):
     """A setting is wrong, so the process must not start. The text says what would be right."""
 
     default_reason = "CONFIGURATION"
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors of a group and of the groups in it, or an error that is no group."""
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from leaves(member)
+    else:
+        yield error

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import structlog
 import uvloop
 
-from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.errors import ConfigurationError, leaves
 from outbox_server.shared.logs import configure_logging
 from outbox_server.shared.loops import as_coroutine
 from outbox_server.shared.settings import Settings, load_settings
@@ -48,7 +48,7 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
             runner.run(_until_done(main))
     except* ConfigurationError as group:
         code = EXIT_USAGE
-        for error in _leaves(group):
+        for error in leaves(group):
             sys.stderr.write(" ".join(str(error).split()) + "\n")
     except* Exception as group:  # noqa: BLE001 - logged, and the process ends
         code = EXIT_FAILED
@@ -134,9 +134,3 @@ async def _until_done(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for member in error.exceptions for leaf in _leaves(member)]
-    return [error]

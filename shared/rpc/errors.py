@@ -7,7 +7,7 @@ INTERNAL, without its text, with an incident id that is also in the log.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -93,7 +93,7 @@ def status_of(error: BaseException) -> Status:
 
     An unknown error gives INTERNAL with reason INTERNAL and `incident` in its metadata.
     """
-    for leaf in _leaves(error):
+    for leaf in errors.leaves(error):
         known = _status_of_ours(leaf) or _status_of_driver(leaf)
         if known is not None:
             return known
@@ -206,14 +206,6 @@ def _cut(text: str, limit: int) -> str:
     if len(encoded) > limit:
         return encoded[: limit - 3].decode("utf-8", "ignore") + "\u2026"
     return encoded.decode()
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for member in error.exceptions:
-            yield from _leaves(member)
-    else:
-        yield error
 
 
 def _number(code: grpc.StatusCode) -> int:
