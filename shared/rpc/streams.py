@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from outbox_server.shared.callers import let_others_go_first
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.rpc.field_limits import check_fields
 
@@ -55,7 +54,6 @@ async def checked_stream(messages: AsyncIterator[bytes], decode: Decode) -> Asyn
         message = await decode(data)
         check_fields(message)
         yield message
-        await let_others_go_first()
 
 
 async def single_message(messages: AsyncIterator[bytes], context: _Context) -> bytes:
