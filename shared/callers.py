@@ -190,13 +190,6 @@ def leave_turn() -> None:
         call.turn.leave()
 
 
-async def let_others_go_first() -> None:
-    """Wait until the current call may run again, after the other calls of its user that wait."""
-    call = _current.get()
-    if call is not None and call.turn is not None:
-        await call.turn.take_again()
-
-
 def check_may_call(caller: Caller, method: str) -> None:
     """Check that `caller` may call `method` (`/outbox.v1.StatsService/GetUserStats`) at all.
 

@@ -144,15 +144,6 @@ class Turn:
         calls.running.pop(self, None)
         self._turns.serve(self._claimant)
 
-    async def take_again(self) -> None:
-        """Let other calls of the user go first, as many as wait."""
-        if not self._is_limited:
-            return
-        calls = self._turns.calls_of(self._claimant)
-        if calls.waiting or self not in calls.running:
-            self.leave()
-            await self.take()
-
 
 class _CallsOfUser:
     """The calls of one user."""

@@ -25,7 +25,7 @@ from outbox_server.shared.callers import (
     call_under_way,
     check_may_call,
     keep_place,
-    let_others_go_first,
+    leave_turn,
     set_current_caller,
 )
 from outbox_server.shared.errors import InvalidInput, Unavailable
@@ -216,7 +216,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     # A stream may outlive its key: after a revocation it gets no more messages.
                     await self._authenticate(method, context)
                     await uninterrupted(context.write(message))
-                    await let_others_go_first()
+                    # It mostly waits from now on.
+                    leave_turn()
 
         async def answer(request: Any, context: _Context) -> None:
             async def work() -> None:

@@ -105,23 +105,6 @@ async def test_a_call_that_only_waits_lets_another_one_run(calls: Calls) -> None
     await calls.finish()
 
 
-async def test_a_stream_lets_the_calls_that_wait_go_first() -> None:
-    turns, order = Turns(at_once=1), list[str]()
-
-    async def call(name: str) -> None:
-        async with turns.entered(EVE):
-            order.append(name)
-
-    await visit(turns)
-    async with turns.entered(EVE) as stream:
-        others = [asyncio.create_task(call(name)) for name in ("first", "second")]
-        await asyncio.sleep(0)
-        await stream.take_again()
-        order.append("stream")
-        await asyncio.gather(*others)
-    assert order == ["first", "second", "stream"]
-
-
 async def test_calls_that_are_cancelled_while_they_wait_leave_nothing_behind(calls: Calls) -> None:
     await visit(calls.turns)
     await calls.start(MANY)
