@@ -342,6 +342,17 @@ async def test_an_update_of_a_fixed_value_says_so_and_changes_nothing(
     updated = await scheduler.batches.UpdateBatch(UpdateBatchRequest(batch=copy))
     assert updated.etag != batch.etag
     assert (await get(scheduler, batch)).subject == "Copy"
+    # So has a copy from before a pause ended by itself, and one from before a cancellation.
+    copy.state = batch_pb2.BATCH_STATE_PAUSED
+    copy.pause_end_time.FromDatetime(datetime.now(UTC) - timedelta(minutes=1))
+    copy.etag = ""
+    await scheduler.batches.UpdateBatch(UpdateBatchRequest(batch=copy))
+    copy.pause_end_time.FromDatetime(datetime.now(UTC) + timedelta(hours=1))
+    later = await refusal_of(scheduler.batches.UpdateBatch(UpdateBatchRequest(batch=copy)))
+    assert set(later.violations) == {"batch.state"}
+    await scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=batch.batch_id))
+    late = await refusal_of(scheduler.batches.UpdateBatch(UpdateBatchRequest(batch=copy)))
+    assert late.reason == "BATCH_CANCELLED"
 
 
 async def test_a_large_batch_gets_a_simple_template_but_none_that_must_be_tried(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -138,9 +138,9 @@ class BatchControl:
             batch = await self._lock(connection, request.batch.batch_id, user_id)
             found = await self._read(connection, batch, user_id)
             check_etag(request.batch.etag, batch_etag(batch.state, batch.revision), "this batch")
-            if not request.update_mask.paths:
-                _check_unchangeable(request.batch, to_batch(found))
             _check_not_cancelled(batch)
+            if not request.update_mask.paths:
+                _check_unchangeable(request.batch, to_batch(found), batch.now)
             if not values:
                 return await self._made(
                     connection, batch, found, _nothing, user_id=user_id, changed=False
@@ -299,14 +299,19 @@ def _masked(request: batch_service_pb2.UpdateBatchRequest) -> Sequence[str]:
     return paths
 
 
-def _check_unchangeable(asked: batch_pb2.Batch, present: batch_pb2.Batch) -> None:
+def _check_unchangeable(asked: batch_pb2.Batch, present: batch_pb2.Batch, now: datetime) -> None:
     """Check that an update without a mask changes no other field.
 
     Raises:
         InvalidInput: UPDATE_MASK_INVALID.
     """
-    # The batch may have ended since it was read, or a job of it may be retried.
-    if {asked.state, present.state} == {batch_pb2.BATCH_STATE_ACTIVE, batch_pb2.BATCH_STATE_DONE}:
+    # Since it was read, the batch may have ended, a job of it may be retried, or its pause may have
+    # ended by itself.
+    same = {batch_pb2.BATCH_STATE_ACTIVE, batch_pb2.BATCH_STATE_DONE}
+    pause_ended = asked.HasField("pause_end_time") and asked.pause_end_time.ToDatetime(UTC) <= now
+    if asked.state == batch_pb2.BATCH_STATE_PAUSED and pause_ended:
+        same.add(batch_pb2.BATCH_STATE_PAUSED)
+    if {asked.state, present.state} <= same:
         present.state = asked.state
     check_unchangeable(asked, present, "batch", _UNCHANGEABLE)
 
