@@ -22,7 +22,8 @@ from outbox.v1 import api_key_pb2, api_key_service_pb2, webhook_pb2, webhook_ser
 
 from outbox_server.shared.secrets import generate_key
 from tests.contract_methods import contract_methods
-from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.dispatchers import options, running, settings_of
+from tests.scheduler_stack import NO_RELAY, Scheduler, running_scheduler
 from tests.stats_stack import stats_server
 
 # Right values by field name, so that nothing but the wrong fields is wrong.
@@ -229,6 +230,9 @@ async def servers(database_url: str, redis_url: str) -> AsyncIterator[Servers]:
         stats = await stack.enter_async_context(stats_server(database_url, redis_url))
         channels = {method.containing_service.full_name: channel for method in contract_methods()}
         channels["outbox.v1.StatsService"] = stats
+        values = options(database_url, redis_url, NO_RELAY, min_gap="2s")
+        dispatcher = await stack.enter_async_context(running(settings_of(values)))
+        channels["outbox.v1.DispatcherService"] = dispatcher.channel
         yield Servers(channels, scheduler)
 
 

@@ -157,6 +157,7 @@ async def test_the_command_line_writes_and_reads_exports(
     ]
     piped = ("suppressions", "import", "-", "--user", "bob", "-o", "json")
     again = await outbox(scheduler, *piped, stdin=done.stdout.encode())
+    assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["created_count"] == "2", again.stderr
     done = await outbox(
         scheduler, "suppressions", "get", "R1@b.org", "--user", "bob", "-o", "json", stdin=b""

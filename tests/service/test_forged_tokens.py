@@ -149,7 +149,7 @@ async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dic
             scheduler.api_keys.ListApiKeys,
             api_keys.ListApiKeysRequest(),
             "api_keys",
-            (None,),
+            (None, "", ""),
             (b'[""]', b'["z"]'),
         ),
         "ListSenders": ListMethod(
@@ -170,7 +170,7 @@ async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dic
             scheduler.batches.ListRejections,
             batches.ListRejectionsRequest(batch_id=batch),
             "rejections",
-            (None, int(batch)),
+            (None, int(batch), "", ""),
             ONE_ID,
         ),
         "ListEmailJobs": ListMethod(
@@ -198,21 +198,21 @@ async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dic
             scheduler.audit.ListAuditEvents,
             audit.ListAuditEventsRequest(),
             "audit_events",
-            (None, None, None, None),
+            (None, None, None, None, "", ""),
             (b"[0,0]", b"[%d,0]" % MAX_ID, b"[0,%d]" % MAX_ID, b"[%d,%d]" % (MAX_ID, MAX_ID)),
         ),
         "ListWebhooks": ListMethod(
             scheduler.webhooks.ListWebhooks,
             webhooks.ListWebhooksRequest(user_id="ann"),
             "webhooks",
-            ("ann",),
+            ("ann", "", ""),
             ONE_ID,
         ),
         "ListWebhookDeliveries": ListMethod(
             scheduler.webhooks.ListWebhookDeliveries,
             webhooks.ListWebhookDeliveriesRequest(webhook_id="1"),
             "webhook_deliveries",
-            (None, "1"),
+            (None, "1", "", ""),
             ONE_ID,
         ),
         "GetUserStats": ListMethod(
