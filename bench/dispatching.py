@@ -36,11 +36,9 @@ _BROKEN: Final = """
 """
 
 
-async def fill_due(
-    connection: Connection, senders: int, mails: int, *, in_s: float = -1.0, users: int = 1
-) -> int:
+async def fill_due(connection: Connection, senders: int, mails: int, *, in_s: float = -1.0) -> int:
     """Add mails that are due, the same number for each sender; return how many they are."""
-    ids = await add_senders(connection, senders, users=users)
+    ids = await add_senders(connection, senders)
     cursor = await connection.execute("SELECT now() + make_interval(secs => %s)", [in_s])
     row = await cursor.fetchone()
     await add_jobs(connection, ids, mails // senders, start=row[0] if row else None)

@@ -21,8 +21,7 @@ Connection = psycopg.AsyncConnection[Any]
 
 _SENDERS: Final = """
     INSERT INTO senders (user_id, email, hourly_limit, max_in_flight)
-    SELECT %(user)s || CASE WHEN i %% %(users)s = 0 THEN '' ELSE '-' || i %% %(users)s END,
-           %(name)s || i || '@example.com', 1000000, 20
+    SELECT %(user)s, %(name)s || i || '@example.com', 1000000, 20
     FROM generate_series(1, %(senders)s) AS i
     RETURNING id
 """
@@ -86,11 +85,9 @@ _INDEXES: Final = """
 """
 
 
-async def add_senders(
-    connection: Connection, count: int, name: str = "s", *, users: int = 1
-) -> list[int]:
-    """Add senders of as many users, of whom USER is one; return their ids."""
-    values = {"user": USER, "name": name, "senders": count, "users": users}
+async def add_senders(connection: Connection, count: int, name: str = "s") -> list[int]:
+    """Add senders of one user; return their ids."""
+    values = {"user": USER, "name": name, "senders": count}
     return await _ids(connection, _SENDERS, values)
 
 

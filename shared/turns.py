@@ -24,7 +24,7 @@ from outbox_server.shared.fair_shares import NOBODY, Claimant
 AT_ONCE: Final = 1
 # For how long a running call counts, in seconds.
 _COUNTS_S: Final = 0.05
-# For how long after a call its caller counts as one who calls, in seconds.
+# How long a caller counts as present after its last call, in seconds.
 _COMPANY_S: Final = 2.0
 _KIND: Final = "user"
 

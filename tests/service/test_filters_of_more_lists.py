@@ -161,8 +161,8 @@ async def check_lists(
 ) -> None:
     """Check what filters find, in both orders, also if a page reads very few rows.
 
-    `fields` are the field of the answer, that of a result by which it is known, and the field by
-    which the list is ordered. `expected` are in the order by default.
+    `fields` are three names: the field of the answer that has the results, the field that identifies
+    a result, and the field that orders the list. `expected` has the ids in the default order.
     """
     results, key, ordered = fields
     for most in (bounded.MOST_READ, 2):

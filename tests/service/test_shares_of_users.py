@@ -59,6 +59,12 @@ async def quiet_and_loaded(rivals: Rivals, sender: Sender) -> tuple[Any, float]:
     return call, await p99(call)
 
 
+def updates(both: Rivals, request: UpdateSenderRequest, count: int) -> list[asyncio.Future[Any]]:
+    """Begin as many calls of Eve's at once."""
+    update = both.scheduler.senders.UpdateSender
+    return [asyncio.ensure_future(update(request, metadata=both.eve)) for _ in range(count)]
+
+
 async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_before(
     database_url: str, redis_url: str
 ) -> None:
@@ -69,12 +75,7 @@ async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_befo
         with psycopg.connect(database_url) as holder:
             # Every call of Eve's waits for this row, most of them with a connection.
             holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(evil.sender_id)])
-            flood = [
-                asyncio.ensure_future(
-                    both.scheduler.senders.UpdateSender(request, metadata=both.eve)
-                )
-                for _ in range(850)
-            ]
+            flood = updates(both, request, 850)
             # 45 run, 750 wait, and the rest is refused.
             await eventually(lambda: sum(each.done() for each in flood) == 55)
             assert refusals(flood) == {("TOO_MANY_CALLS", "user eve"): 55}
@@ -82,7 +83,7 @@ async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_befo
         await give_up(flood)
 
 
-async def test_calls_of_one_user_run_a_few_at_a_time_beside_those_of_another(
+async def test_calls_of_one_user_run_one_at_a_time_beside_those_of_another(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Usually a call that waits for a lock soon makes room for another one.
@@ -93,12 +94,7 @@ async def test_calls_of_one_user_run_a_few_at_a_time_beside_those_of_another(
         request = UpdateSenderRequest(sender=Sender(sender_id=evil.sender_id, display_name="Slow"))
         with psycopg.connect(database_url) as holder:
             holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(evil.sender_id)])
-            flood = [
-                asyncio.ensure_future(
-                    both.scheduler.senders.UpdateSender(request, metadata=both.eve)
-                )
-                for _ in range(10)
-            ]
+            flood = updates(both, request, 10)
             await eventually(lambda: waits_for_a_row(database_url) == turns.AT_ONCE)
             await p99(call)
             assert waits_for_a_row(database_url) == turns.AT_ONCE
@@ -377,12 +373,7 @@ async def test_other_callers_have_connections_while_one_users_calls_wait_for_a_l
         request = UpdateSenderRequest(sender=Sender(sender_id=evil.sender_id, display_name="Slow"))
         with psycopg.connect(database_url) as holder:
             holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(evil.sender_id)])
-            flood = [
-                asyncio.ensure_future(
-                    both.scheduler.senders.UpdateSender(request, metadata=both.eve)
-                )
-                for _ in range(20)
-            ]
+            flood = updates(both, request, 20)
             await eventually(lambda: waits_for_a_row(database_url) == 3)
             found = await both.scheduler.senders.GetSender(
                 GetSenderRequest(sender_id=hers.sender_id),

@@ -60,7 +60,7 @@ async def test_a_user_who_calls_alone_waits_for_nothing(calls: Calls) -> None:
 
 
 @pytest.mark.parametrize("other", [ANN, Claimant("1", "service key"), Claimant("", "local caller")])
-async def test_beside_another_caller_a_user_runs_a_few_calls_at_a_time(
+async def test_beside_another_caller_a_user_runs_one_call_at_a_time(
     calls: Calls, other: Claimant
 ) -> None:
     await visit(calls.turns, other)
