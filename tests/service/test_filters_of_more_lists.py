@@ -161,8 +161,8 @@ async def check_lists(
 ) -> None:
     """Check what filters find, in both orders, also if a page reads very few rows.
 
-    `fields` are three names: the field of the answer that has the results, the field that identifies
-    a result, and the field that orders the list. `expected` has the ids in the default order.
+    `fields` are three names: the field of the answer that has the results, the one that identifies
+    a result, and the one that orders the list. `expected` has the ids in the default order.
     """
     results, key, ordered = fields
     for most in (bounded.MOST_READ, 2):
