@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import InvalidInput
 
 MIB: Final = 1024 * 1024
@@ -35,14 +36,14 @@ MAX_PAUSE: Final = timedelta(days=366)
 # named if they do not fit.
 MAX_CHECKED_JOBS: Final = 100_000
 MAX_SHOWN_FAILURES: Final = 20
-# The most characters of a template in the audit log.
+# The maximum number of characters of a template in the audit log.
 MAX_AUDITED_TEXT: Final = 1_000
 # Number of recipients in a forecast of a batch that does not exist yet.
 MAX_RECIPIENTS: Final = 10_000_000
 MAX_GAP: Final = timedelta(days=1)
 MAX_HOURLY_LIMIT: Final = 1_000_000
 MAX_IN_FLIGHT: Final = 1_000
-# For the quotas of a user.
+# The bound of the quotas of a user.
 MAX_QUOTA: Final = 1_000_000_000
 # Number of domains that are assigned to one user.
 MAX_SENDER_DOMAINS: Final = 1_000
@@ -78,6 +79,8 @@ MAX_CELLS: Final = 1_000_000
 MAX_SKIP_LINES: Final = 1_000
 # More than the largest mail. A longer cell is most likely a quote that is never closed.
 MAX_CELL: Final = 16 * MIB
+# The latest due time that a change may give a job, so that it can be shown, with its expiry.
+LATEST_DUE: Final = datetime(9990, 1, 1, tzinfo=UTC)
 # The cell of a `schedule_time` or a `time_zone`.
 MAX_TIME: Final = 100
 # Number of rejections of a batch that are stored. All are counted.
@@ -86,6 +89,12 @@ MAX_STORED_REJECTIONS: Final = 10_000
 MAX_METADATA_VALUE: Final = 1_024
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def control_in(text: str) -> str:
+    """Return the first control character of a text as messages show it (`U+0007`), or ""."""
+    found = _CONTROL.search(text)
+    return f"U+{ord(found[0]):04X}" if found else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +116,39 @@ class TextBounds:
             raise InvalidInput.field(
                 field, f"must have {wanted} characters (got {len(text):,})", reason=self.reason
             )
-        control = _CONTROL.search(text)
-        if control:
+        if control := control_in(text):
             raise InvalidInput.field(
-                field,
-                f"contains a control character (U+{ord(control[0]):04X})",
-                reason=self.reason,
+                field, f"contains a control character ({control})", reason=self.reason
             )
         return text
+
+
+def check_spacing(field: str, spacing: timedelta) -> None:
+    """Check the time between two mails of a batch.
+
+    Raises:
+        InvalidInput: SPACING_INVALID.
+    """
+    if not timedelta(0) <= spacing <= MAX_SPACING:
+        raise InvalidInput.field(
+            field,
+            f"must be 0 s to {MAX_SPACING.days} days (got {format_duration(spacing)})",
+            reason="SPACING_INVALID",
+        )
+
+
+def check_expire_after(field: str, expire_after: timedelta) -> None:
+    """Check how long after its due time a mail may be sent.
+
+    Raises:
+        InvalidInput: EXPIRE_AFTER_INVALID.
+    """
+    if not MIN_EXPIRE_AFTER <= expire_after <= MAX_EXPIRE_AFTER:
+        raise InvalidInput.field(
+            field,
+            f"must be 1 s to {MAX_EXPIRE_AFTER.days} days (got {format_duration(expire_after)})",
+            reason="EXPIRE_AFTER_INVALID",
+        )
 
 
 def check_spread(

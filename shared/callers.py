@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from outbox_server.shared.bounds import USER_ID
 from outbox_server.shared.errors import InvalidInput, PermissionDenied, Unauthenticated
@@ -19,6 +20,8 @@ from outbox_server.shared.turns import Turn
 from outbox_server.shared.user_quotas import UserQuotas
 
 Metadata = Iterable[tuple[str, str | bytes]]
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class CallerKind(StrEnum):
@@ -34,6 +37,8 @@ class CallerKind(StrEnum):
     OPERATOR = "operator"
 
 
+# How many items of a list are converted before others run. Most take 0.02 ms.
+ITEMS_AT_ONCE: Final = 100
 # Services that show and change the whole system, not one user's resources.
 _OPERATOR_SERVICES: Final = frozenset(
     {
@@ -129,7 +134,7 @@ class Call:
         self.caller = caller
         # The user that the call acts for, if it is known. The log shows it.
         self.user_id = caller.user_id
-        # Set by `shared.database.ownership` alone.
+        # Only `shared.database.ownership` sets it.
         self.bounded = False
         # The call's place among the calls at once, while it has one.
         self.place: HeldPlace | None = None
@@ -176,18 +181,68 @@ def keep_place(place: HeldPlace, turn: Turn) -> None:
 
 
 def leave_place() -> None:
-    """Let another call have the place of the current one, which from now on only waits."""
-    leave_turn()
+    """Let another call have the place of the current one, which only waits until `take_turn`."""
+    pause_turn()
     call = _current.get()
     if call is not None and call.place is not None:
         call.place.leave()
 
 
 def leave_turn() -> None:
-    """Let another call of the same user run: the current one only waits, and keeps its place."""
+    """Let another call of the same user run: the current one only waits from now on."""
     call = _current.get()
     if call is not None and call.turn is not None:
         call.turn.leave()
+
+
+def pause_turn() -> None:
+    """Let another call of the same user run: the current one only waits until `take_turn`."""
+    call = _current.get()
+    if call is not None and call.turn is not None:
+        call.turn.pause()
+
+
+def others_call() -> Callable[[], bool]:
+    """Return the function that says whether others call as well; it may be called in any thread.
+
+    It is False for callers that hold nobody up.
+    """
+    call = _current.get()
+    if call is None or call.turn is None or not call.turn.is_limited:
+        return lambda: False
+    return call.turn.others_call
+
+
+async def take_turn() -> None:
+    """Wait until the current call may run again."""
+    call = _current.get()
+    if call is not None and call.turn is not None:
+        await call.turn.take()
+
+
+async def next_part() -> None:
+    """Let others run before the next part of long work in the event loop, such as 1 ms of it."""
+    call = _current.get()
+    if call is None or call.turn is None:
+        await asyncio.sleep(0)
+    else:
+        await call.turn.next_part()
+
+
+async def in_parts(
+    items: Sequence[S], make: Callable[[S], T], at_once: int = ITEMS_AT_ONCE
+) -> list[T]:
+    """Return what `make` returns for each item. If there are many, others run in between.
+
+    `at_once` items must not take longer than 2 ms.
+    """
+    if len(items) <= at_once:
+        return [make(each) for each in items]
+    made: list[T] = []
+    for first in range(0, len(items), at_once):
+        await next_part()
+        made += [make(each) for each in items[first : first + at_once]]
+    return made
 
 
 def check_may_call(caller: Caller, method: str) -> None:

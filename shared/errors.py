@@ -91,19 +91,24 @@ class InvalidInput(OutboxError):
 class Violations:
     """Collects the errors about several fields, so that a caller learns all of them at once.
 
-    Each check runs in a `with` block of its own; `raise_any` then raises one error for all.
+    Each check runs in a `with` block of its own; `raise_any` then raises one error for all. An id
+    that is not in the form of one hides no wrong field: it is reported if nothing else is wrong.
     """
 
     def __init__(self) -> None:
         self._found: list[InvalidInput] = []
+        self._missing: NotFound | None = None
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        # The errors lose their frames, which refer to the request and to this object.
+        if isinstance(error, NotFound):
+            self._missing = self._missing or error.with_traceback(None)
+            return True
         if not isinstance(error, InvalidInput):
             return False
-        # The error loses its frames, which refer to the request and to this object.
         self._found.append(error.with_traceback(None))
         return True
 
@@ -118,8 +123,11 @@ class Violations:
 
         Raises:
             InvalidInput: there was an error.
+            NotFound: there was no other error than that.
         """
         if not self._found:
+            if self._missing is not None:
+                raise self._missing
             return
         first, *others = self._found
         if not others:

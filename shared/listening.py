@@ -28,6 +28,14 @@ def check_listen_address(variable: str, listen: str, *, example: str = "127.0.0.
         )
 
 
+def cannot_bind(variable: str, listen: str) -> ConfigurationError:
+    """Return the error of an address that cannot be bound; `variable` is its setting."""
+    return ConfigurationError(
+        f"{variable}: {listen} cannot be bound: another process uses it, or it is not an address "
+        "of this machine"
+    )
+
+
 def host_and_port(listen: str) -> tuple[str, int]:
     """Return the host, without brackets, and the port of a checked address."""
     host, _, port = listen.rpartition(":")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from outbox_server.shared.bounds import MAX_HEADER_BYTES
+from outbox_server.shared.bounds import MAX_HEADER_BYTES, control_in
 from outbox_server.shared.quoting import quoted
 
 _UNSUBSCRIBE: Final = "List-Unsubscribe"
@@ -31,7 +31,6 @@ _ALLOWED: Final = {
 _OWN_NAME: Final = re.compile(r"[Xx]-[A-Za-z0-9][A-Za-z0-9-]*", re.ASCII)
 # Reserved for headers that Outbox writes itself, such as X-Outbox-Test.
 _RESERVED: Final = "x-outbox-"
-CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _URI: Final = r"<(?:https?://|mailto:)[!-;=?-~]+>"
 _URIS: Final = re.compile(rf"{_URI}(?: *, *{_URI})*", re.ASCII | re.IGNORECASE)
 _MESSAGE_ID: Final = r"<[!-;=?A-~]+@[!-;=?A-~]+>"
@@ -75,9 +74,8 @@ def check_header(name: str, value: str) -> None:
     Raises:
         BadHeader: it cannot be the value of this header.
     """
-    control = CONTROL.search(value)
-    if control:
-        raise BadHeader(f"{name} cannot contain a control character (U+{ord(control[0]):04X})")
+    if control := control_in(value):
+        raise BadHeader(f"{name} cannot contain a control character ({control})")
     size = len(name) + len(": ") + len(value.encode("utf-8", "replace"))
     if size > MAX_HEADER_BYTES:
         raise BadHeader(

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 # `markupsafe.escape` writes these as `&lt;` and `&gt;`, and as `&amp;`, `&#34;` and `&#39;`.
 _FOUR_CHARACTERS, _FIVE_CHARACTERS = "<>", "&\"'"
-# The most bytes of one character: five if it is escaped, four in UTF-8 if it is not.
+# The maximum number of bytes of one character: five if it is escaped, four in UTF-8 if it is not.
 MOST_BYTES = 5
 
 

@@ -24,6 +24,10 @@ EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 
+# How long the event loop waits at most for a thread that computes, such as one that reads a CSV, in
+# seconds. By default it is 5 ms, at each of the waits of each call.
+SWITCH_S: Final = 0.0005
+
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -42,6 +46,7 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     gc.freeze()
     # `services.starting` turns collections off while it imports modules.
     gc.enable()
+    sys.setswitchinterval(SWITCH_S)
     code = EXIT_OK
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

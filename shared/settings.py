@@ -5,7 +5,6 @@ No other code reads the environment. An instance is frozen, and constructors pas
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 from typing import Annotated, Any, Literal, cast
 
@@ -28,46 +27,14 @@ from pydantic_settings import (
 )
 
 from outbox_server.shared.bounds import MAX_GAP, MAX_HOURLY_LIMIT, MAX_QUOTA
+from outbox_server.shared.durations import format_duration, parse_duration
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secret_files import SecretFiles
 from outbox_server.shared.store_urls import check_database_url, check_redis_url
 
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s|m|h|d)")
 _ZERO = timedelta(0)
 _MILLISECOND = timedelta(milliseconds=1)
-_SECOND_MS = 1_000
 _LONGEST_WAIT = timedelta(days=30)
-
-
-def parse_duration(text: str) -> timedelta:
-    """Return the duration of a text such as `250ms`, `2s`, `1.5h`, `1h30m` or `0`.
-
-    Raises:
-        ValueError: the text is not a duration.
-    """
-    text = text.strip()
-    if text == "0":
-        return timedelta(0)
-    if not text or _DURATION.sub("", text):
-        raise ValueError(f"{text!r} is not a duration; write 250ms, 2s, 5m or 1h")
-    try:
-        return timedelta(
-            seconds=sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
-        )
-    except OverflowError:
-        raise ValueError(f"must be at most {timedelta.max.days} days (got {text!r})") from None
-
-
-def format_duration(value: timedelta) -> str:
-    """Return the shortest text that `parse_duration` reads back as `value`."""
-    milliseconds = round(value / _MILLISECOND)
-    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
-        if milliseconds and milliseconds % size == 0:
-            return f"{milliseconds // size}{unit}"
-    if abs(milliseconds) > _SECOND_MS:
-        return f"{milliseconds / _SECOND_MS:.3f}".rstrip("0") + "s"
-    return f"{milliseconds}ms"
 
 
 def _duration(value: Any) -> Any:
@@ -126,8 +93,8 @@ class Settings(BaseSettings):
     stats_listen: str = Field("127.0.0.1:50053", description="host:port of the stats service")
     health_listen: str = Field(
         "",
-        description="host:port where a service answers health checks without TLS; unset: nowhere "
-        "but at its own port",
+        description="host:port where a service answers health checks without TLS; unset: only at "
+        "its own port",
     )
     connections: int = Field(
         4_000,

@@ -23,7 +23,7 @@ UNREACHABLE: Final = "unreachable"
 FAILED: Final = "failed"
 MOVING: Final = "slot is being moved"
 
-# By the beginning of a SQLSTATE; the longest one counts.
+# The keys are beginnings of a SQLSTATE; the longest one that matches counts.
 _STATES: Final = {
     "25006": "read-only server",
     "42703": "column missing",
@@ -37,7 +37,7 @@ _STATES: Final = {
     "57P": "starting or stopping",
     "08": UNREACHABLE,
 }
-# By the first word of a reply. A script's error may quote the reply further on.
+# The keys are first words of a reply. A script's error may quote the reply further on.
 _REPLIES: Final = {
     "OOM": "out of memory",
     "READONLY": "read-only replica",

@@ -1,42 +1,67 @@
-"""Lets the calls of a user run one at a time while others call as well.
+"""Lets the calls of a user run in turns, and long work in parts, so that no user slows another.
 
 All calls of a server share one event loop. At each of its waits, a call lets one step of every
 other running call go first. So many calls of one user, however cheap, would make each call of
-another user slow, although places are free. A call that has run for a while does not count any
-more: it spends its time waiting, for PostgreSQL or for its caller.
+another user slow, although places are free. Therefore:
 
-Calls of operators and of services are not held up. Nothing is stored about a user without calls.
+- Few calls of a user run at a time: ALONE, or AT_ONCE while others call as well. The rest wait.
+- The calls of a user with many calls in progress, and each part of long work, give way to the
+  calls of users with few. They wait for them for at most `_GIVES_WAY_S`, so nobody can stop them.
+
+A user with few calls thus waits for the call that runs, or for one part, of a user with many.
+
+A call that has run for a while does not count any more: it spends its time waiting, for PostgreSQL
+or for its caller. Calls of operators and of services are not held up, and no user is slower because
+an operator calls. Nothing is stored about a user without calls.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from outbox_server.shared.fair_shares import NOBODY, Claimant
+from outbox_server.shared.fair_shares import Claimant
+from outbox_server.shared.recent_callers import RecentCallers
 
 # How many calls of a user run at once while others call. With two, a call of another user took up
-# to five times as long beside a flood, with one about twice.
+# to five times as long during a flood.
 AT_ONCE: Final = 1
+# How many run at once while nobody else calls. More would not be faster, because the event loop is
+# busy with these, and the first call of another user would have to wait for each of them.
+ALONE: Final = 8
+# A user with more calls in progress has many.
+_FEW: Final = 4
 # For how long a running call counts, in seconds.
 _COUNTS_S: Final = 0.05
-# How long a caller counts as present after its last call, in seconds.
-_COMPANY_S: Final = 2.0
+# For how long a call or a part gives way, in seconds. Most calls take less. If calls of others run
+# all the time, the calls of a user with many give way for half of the time.
+_GIVES_WAY_S: Final = 0.01
+# The longest rest after a part, in seconds.
+_LONGEST_REST_S: Final = 0.01
 _KIND: Final = "user"
 
 
 class Turns:
     """The running calls of all users of a server."""
 
-    def __init__(self, at_once: int = AT_ONCE) -> None:
+    def __init__(self, at_once: int = AT_ONCE, alone: int = ALONE) -> None:
         self._at_once = at_once
+        self._alone = alone
         self._users: dict[Claimant, _CallsOfUser] = {}
-        # The last claimant who began a call, and the last other one, with their times.
-        self._last = self._last_other = (NOBODY, -math.inf)
+        # The running calls of users with few calls that did not have to wait, with the times when
+        # they began, the oldest first.
+        self._prompt: dict[Turn, float] = {}
+        # Parts that give way to them.
+        self._giving_way: set[asyncio.Future[None]] = set()
+        # The users whose next call gives way to them.
+        self._behind: dict[Claimant, None] = {}
+        # The parts of each user that wait or give way: one at a time.
+        self._parts: dict[Claimant, deque[asyncio.Future[None]]] = {}
+        self._callers = RecentCallers()
 
     @property
     def waiting(self) -> int:
@@ -47,53 +72,165 @@ class Turns:
     async def entered(self, claimant: Claimant) -> AsyncIterator[Turn]:
         """Wait until a call may run, and count it until the end of the block."""
         turn = Turn(self, claimant)
-        await turn.take()
         try:
+            await turn.take()
             yield turn
         finally:
             turn.leave()
 
-    def note(self, claimant: Claimant, now: float) -> None:
-        """Note that this claimant calls."""
-        if self._last[0] != claimant:
-            self._last_other = self._last
-        self._last = (claimant, now)
+    async def next_part(self, claimant: Claimant) -> None:
+        """Wait until the next part of long work of a user may run.
 
-    def has_company(self, claimant: Claimant, now: float) -> bool:
-        """Return whether another claimant has called within the last seconds."""
-        _, at = self._last if self._last[0] != claimant else self._last_other
-        return now - at < _COMPANY_S
+        A part is what runs until the next wait: 1 or 2 ms. Parts of one user run one by one. While
+        others call, there is a rest after each part, as long as the part.
+        """
+        loop = asyncio.get_running_loop()
+        if not _is_limited(claimant) or not self._callers.others_call(claimant, loop.time()):
+            await asyncio.sleep(0)
+            return
+        line = self._parts.get(claimant)
+        if line is None:
+            line = self._parts[claimant] = deque()
+        own: asyncio.Future[None] = loop.create_future()
+        line.append(own)
+        try:
+            if line[0] is not own:
+                await own
+            await self._give_way(claimant)
+        except BaseException:
+            self._end_part(claimant, own)
+            raise
+        # It begins now, and has ended when the event loop runs the next step.
+        loop.call_soon(self._rest, claimant, own, loop.time())
 
-    def calls_of(self, claimant: Claimant) -> _CallsOfUser:
-        """Return the calls of a user."""
-        found = self._users.get(claimant)
-        if found is None:
-            found = self._users[claimant] = _CallsOfUser()
-        return found
+    def _rest(self, claimant: Claimant, part: asyncio.Future[None], began: float) -> None:
+        loop = asyncio.get_running_loop()
+        took = min(loop.time() - began, _LONGEST_REST_S)
+        loop.call_later(took, self._end_part, claimant, part)
 
-    def serve(self, claimant: Claimant) -> None:
-        """Let those go on that may, and forget a user without calls."""
+    def _end_part(self, claimant: Claimant, part: asyncio.Future[None]) -> None:
+        """Let the next part of a user run."""
+        line = self._parts[claimant]
+        line.remove(part)
+        if line:
+            _wake(line[0])
+        else:
+            del self._parts[claimant]
+
+    async def _give_way(self, claimant: Claimant) -> None:
+        """Wait for prompt calls of others; at least for one step of each call that is ready."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(0)
+        end = loop.time() + _GIVES_WAY_S
+        while (until := self._prompt_until(claimant, loop.time())) is not None:
+            until = min(until, end)
+            if until <= loop.time():
+                return
+            woken: asyncio.Future[None] = loop.create_future()
+            self._giving_way.add(woken)
+            timer = loop.call_at(until, _wake, woken)
+            try:
+                await woken
+            finally:
+                timer.cancel()
+                self._giving_way.discard(woken)
+
+    def _prompt_until(self, claimant: Claimant, now: float) -> float | None:
+        """Return until when prompt calls of others count; None if none run."""
+        while self._prompt:
+            turn, began = next(iter(self._prompt.items()))
+            if began + _COUNTS_S > now:
+                break
+            del self._prompt[turn]
+        for turn, began in reversed(self._prompt.items()):
+            if turn.claimant != claimant:
+                return began + _COUNTS_S
+        return None
+
+    def begin(self, turn: Turn) -> asyncio.Future[None] | None:
+        """Begin a call, or return the future that says when it may run."""
+        claimant = turn.claimant
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._callers.note(claimant, now)
+        if not _is_limited(claimant):
+            return None
+        calls = self._users.get(claimant)
+        if calls is None:
+            calls = self._users[claimant] = _CallsOfUser()
+        calls.in_progress.add(turn)
+        if not calls.waiting and self._has_room(claimant, calls, now):
+            few = len(calls.in_progress) <= _FEW
+            if few:
+                self._prompt.pop(turn, None)
+                self._prompt[turn] = now
+            if few or self._prompt_until(claimant, now) is None:
+                calls.running[turn] = now
+                return None
+        future: asyncio.Future[None] = loop.create_future()
+        calls.waiting.append((turn, future))
+        if calls.timer is None:
+            self._serve(claimant)
+        return future
+
+    def end(self, turn: Turn, *, pausing: bool = False) -> None:
+        """End a call, or its wait, or its turn if it is `pausing`. May be called again."""
+        calls = self._users.get(turn.claimant)
+        if calls is not None:
+            if not pausing:
+                calls.in_progress.discard(turn)
+            calls.running.pop(turn, None)
+            self._serve(turn.claimant)
+        # Others still give way to a call that pauses: each of its waits would be longer otherwise.
+        if not pausing and self._prompt.pop(turn, None) is not None:
+            for woken in self._giving_way:
+                _wake(woken)
+            for claimant in list(self._behind):
+                self._serve(claimant)
+
+    def _serve(self, claimant: Claimant) -> None:
+        """Let those calls of a user go on that may, and forget a user without calls."""
         calls = self._users.get(claimant)
         if calls is None:
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
-        while calls.waiting and self.admits(claimant, calls, now):
-            turn, future = calls.waiting.popleft()
+        self._behind.pop(claimant, None)
+        until = None
+        while calls.waiting and self._has_room(claimant, calls, now):
+            turn, future = calls.waiting[0]
             if not future.done():  # its call was not cancelled
+                until = self._waits_until(claimant, calls, now)
+                if until is not None:
+                    self._behind[claimant] = None
+                    break
                 calls.running[turn] = now
                 future.set_result(None)
+            calls.waiting.popleft()
         if calls.timer is not None:
             calls.timer.cancel()
             calls.timer = None
         if calls.waiting:
-            oldest = next(iter(calls.running.values()))
-            calls.timer = loop.call_at(oldest + _COUNTS_S, self.serve, claimant)
-        elif not calls.running:
+            if until is None:
+                until = next(iter(calls.running.values())) + _COUNTS_S
+            calls.timer = loop.call_at(until, self._serve, claimant)
+        elif not calls.in_progress:
             del self._users[claimant]
 
-    def admits(self, claimant: Claimant, calls: _CallsOfUser, now: float) -> bool:
-        """Return whether one more call of a user may run."""
+    def _waits_until(self, claimant: Claimant, calls: _CallsOfUser, now: float) -> float | None:
+        """Return until when the next call of a user gives way at most; None if it does not."""
+        until = self._prompt_until(claimant, now)
+        if until is None:
+            calls.gives_way_from = None
+            return None
+        began = calls.gives_way_from
+        if began is None or now - began >= 2 * _GIVES_WAY_S:
+            began = calls.gives_way_from = now
+        end = began + _GIVES_WAY_S
+        return min(until, end) if now < end else None
+
+    def _has_room(self, claimant: Claimant, calls: _CallsOfUser, now: float) -> bool:
+        """Return whether one more call of a user may run at a time."""
         if len(calls.running) < self._at_once:
             return True
         # The oldest ones come first.
@@ -102,56 +239,75 @@ class Turns:
             if now - calls.running[oldest] < _COUNTS_S:
                 break
             del calls.running[oldest]
-        return len(calls.running) < self._at_once or not self.has_company(claimant, now)
+        most = self._at_once if self._callers.others_call(claimant, now) else self._alone
+        return len(calls.running) < most
+
+    def others_call(self, claimant: Claimant) -> bool:
+        """Return whether another claimant has called within the last seconds. For any thread."""
+        return self._callers.others_call(claimant, time.monotonic())
 
 
 class Turn:
     """The turn of one call."""
 
-    __slots__ = ("_claimant", "_is_limited", "_turns")
+    __slots__ = ("_turns", "claimant")
 
     def __init__(self, turns: Turns, claimant: Claimant) -> None:
         self._turns = turns
-        self._claimant = claimant
-        self._is_limited = claimant.kind == _KIND and not claimant.privileged
+        self.claimant = claimant
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the call may have to wait."""
+        return _is_limited(self.claimant)
 
     async def take(self) -> None:
-        """Wait until the call may run."""
-        turns, claimant = self._turns, self._claimant
-        now = asyncio.get_running_loop().time()
-        turns.note(claimant, now)
-        if not self._is_limited:
+        """Wait until the call may run. It may have had a turn before."""
+        future = self._turns.begin(self)
+        if future is None:
             return
-        calls = turns.calls_of(claimant)
-        if not calls.waiting and turns.admits(claimant, calls, now):
-            calls.running[self] = now
-            return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        calls.waiting.append((self, future))
-        if calls.timer is None:
-            turns.serve(claimant)
         try:
             await future
         except asyncio.CancelledError:
             self.leave()
             raise
 
+    def pause(self) -> None:
+        """Let another call run, until `take`."""
+        self._turns.end(self, pausing=True)
+
     def leave(self) -> None:
-        """Let another call run. May be called again."""
-        if not self._is_limited:
-            return
-        calls = self._turns.calls_of(self._claimant)
-        calls.running.pop(self, None)
-        self._turns.serve(self._claimant)
+        """Let another call run, and do not count any more. May be called again."""
+        self._turns.end(self)
+
+    def others_call(self) -> bool:
+        """Return whether others call as well. For any thread."""
+        return self._turns.others_call(self.claimant)
+
+    async def next_part(self) -> None:
+        """Let others run before the next part of the call's long work (see `Turns.next_part`)."""
+        await self._turns.next_part(self.claimant)
 
 
 class _CallsOfUser:
     """The calls of one user."""
 
-    __slots__ = ("running", "timer", "waiting")
+    __slots__ = ("gives_way_from", "in_progress", "running", "timer", "waiting")
 
     def __init__(self) -> None:
+        self.in_progress: set[Turn] = set()
         # When each of them began, the oldest first. Those that do not count any more are missing.
         self.running: dict[Turn, float] = {}
         self.waiting: deque[tuple[Turn, asyncio.Future[None]]] = deque()
+        # Since when the calls give way to others. After `_GIVES_WAY_S`, they do not for as long.
+        self.gives_way_from: float | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+
+def _is_limited(claimant: Claimant) -> bool:
+    return claimant.kind == _KIND and not claimant.privileged
+
+
+def _wake(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)

@@ -22,7 +22,7 @@ _LATER: Final = timedelta(minutes=1)
 
 @dataclass(frozen=True, slots=True)
 class UserQuotas:
-    """The most that one user may have. The field `x` is the setting `OUTBOX_USER_X`.
+    """The maximum that one user may have. The field `x` is the setting `OUTBOX_USER_X`.
 
     `calls`, `uploads` and `watches` count in each process, `unproven_endpoints` in each dispatcher,
     all others in the whole installation.

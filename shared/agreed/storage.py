@@ -18,7 +18,7 @@ from outbox_server.shared.database.models import AgreedSettingsRow as Stored
 
 ACTION: Final = "settings.set"
 _MILLISECOND: Final = timedelta(milliseconds=1)
-# The most earlier key spaces that are remembered. Older ones have no keys any more.
+# The maximum number of earlier key spaces that are remembered. Older ones have no keys any more.
 _MOST_OLD: Final = 50
 _IDLE_LIMIT: Final = "10s"
 _COLUMNS: Final = (

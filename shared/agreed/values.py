@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, Final, Literal, Self
 
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.settings import Settings, check_retention, format_duration
+from outbox_server.shared.settings import Settings, check_retention
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 # The data in Redis depends on these. A change of one begins a new key space, which is loaded from

@@ -25,7 +25,7 @@ Time = TypeVar("Time", int, float)
 
 
 def least_gap(sends: Iterable[tuple[Time, Time]]) -> Time | None:
-    """Return the least time from the end of a send of one sender to the start of its next.
+    """Return the shortest time from the end of a send of one sender to the start of its next.
 
     `sends` are (start, end), in any order. A negative result means that two sends overlapped, None
     that there were fewer than two sends.
@@ -36,7 +36,7 @@ def least_gap(sends: Iterable[tuple[Time, Time]]) -> Time | None:
 
 
 def most_in_window(ends: Iterable[Time], window: Time) -> int:
-    """Return the most sends of one sender whose ends lie in one trailing window.
+    """Return the largest number of sends of one sender that ended in one trailing window.
 
     At the instant t the window is (t - window, t]: an end leaves it exactly `window` later.
     """
@@ -95,7 +95,7 @@ class Replay:
             self.least_gap = gap if self.least_gap is None else min(self.least_gap, gap)
 
     def overshoot(self, slack: float = 0.0) -> int:
-        """Return the most mails by which the limit was exceeded in a window.
+        """Return the largest number of mails by which a window exceeded the limit.
 
         `slack` is the error that the time between two ends may have. An excess that it explains
         does not count.

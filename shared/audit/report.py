@@ -9,9 +9,10 @@ from typing import Any, Final
 from outbox_server.shared.audit.installation import Findings
 from outbox_server.shared.audit.replay import Replay
 from outbox_server.shared.audit.storage import AuditedSender
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.queue.user_limits import UserSendLimits
-from outbox_server.shared.settings import Settings, format_duration
+from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import JobState
 
 # PostgreSQL records an end when the statement arrives, so it may be later than the real end.

@@ -12,6 +12,7 @@ from outbox_server.shared.agreed.storage import read_limits_change
 from outbox_server.shared.audit import storage
 from outbox_server.shared.audit.replay import Replay
 from outbox_server.shared.audit.storage import Interval
+from outbox_server.shared.gap import effective_gap
 
 _SECOND: Final = timedelta(seconds=1)
 
@@ -54,7 +55,7 @@ async def audit_sender(
     if changed is not None and (interval.start is None or interval.start < changed + lease):
         # Earlier sends had other limits.
         checked = replace(interval, start=changed + lease)
-    gap = max(floor, timedelta(milliseconds=sender.min_gap_ms or 0))
+    gap = effective_gap(sender.min_gap_ms, floor)
     replay = Replay(
         window / _SECOND,
         sender.hourly_limit,

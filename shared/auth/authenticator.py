@@ -3,7 +3,7 @@
 A looked-up key is cached for CACHE_TIME, with the quotas of its user, so that most calls
 need no statement. A server knows of a revoked or expired key and of a changed quota after that time
 at the latest. If somebody keeps the table of keys locked, keys that were used shortly before work
-on for LOCKED_TIME.
+on for LOCKED_TIME. Strangers can make up keys, so few unknown keys are looked up at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ LOCKED_TIME: Final = timedelta(minutes=10)
 # It must also have been looked up within this time before the lock began. Otherwise it may have
 # been revoked between the look-up and the lock.
 USED_BEFORE_LOCK: Final = timedelta(minutes=1)
-# The most cached keys, including invalid ones. It bounds the memory that strangers can make us use.
+# The maximum number of cached keys, including invalid ones. It bounds the memory that strangers can
+# make us use.
 _CACHE_SIZE: Final = 10_000
+# How many unknown keys are looked up at a time. Each needs a connection to PostgreSQL.
+_UNKNOWN_AT_ONCE: Final = 4
+# How long the place of a key that does not exist rests, in seconds. Without it, made-up keys could
+# take all of the server's time. Keys that exist wait a little longer for their first look-up.
+_REST_S: Final = 0.01
 
 _HEADER: Final = "authorization"
 _SCHEME: Final = "bearer"
@@ -72,6 +78,7 @@ class KeyAuthenticator:
         self._locked_at: float | None = None
         # The look-ups in progress: calls with the same key share one.
         self._lookups: dict[PresentedKey, asyncio.Task[Caller | None]] = {}
+        self._unknown = asyncio.Semaphore(_UNKNOWN_AT_ONCE)
         self._noting: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("outbox.auth")
 
@@ -111,6 +118,15 @@ class KeyAuthenticator:
         return await asyncio.shield(task)
 
     async def _look_up(self, presented: PresentedKey) -> Caller | None:
+        if presented in self._known:
+            return await self._read(presented)
+        async with self._unknown:
+            caller = await self._read(presented)
+            if caller is None:
+                await asyncio.sleep(_REST_S)
+            return caller
+
+    async def _read(self, presented: PresentedKey) -> Caller | None:
         # The time counts from before the look-up, so a revocation committed during it takes effect
         # in time.
         now = time.monotonic()

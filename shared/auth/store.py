@@ -28,7 +28,7 @@ _LOCK_LIMIT: Final = "250ms"
 # `last_used_at` is written at most once in this time, by all processes together.
 USE_INTERVAL: Final = timedelta(minutes=1)
 
-# Until the end of the transaction.
+# It holds until the end of the transaction.
 _WAIT_BRIEFLY: Final = select(func.set_config("lock_timeout", _LOCK_LIMIT, literal(True)))
 
 KEY_COLUMNS: Final[tuple[Any, ...]] = (
@@ -229,7 +229,7 @@ async def list_keys(connection: AsyncConnection, user_id: str | None) -> Sequenc
 
 
 async def read_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
-    """Return a key, also a revoked one; None if it does not exist."""
+    """Return a key, even a revoked one; None if it does not exist."""
     if not is_key_id(key_id):  # PostgreSQL cannot compare every text
         return None
     statement = select(*KEY_COLUMNS).where(ApiKeyRow.key_id == key_id)

@@ -18,7 +18,7 @@ _ATTRIBUTES: Final[Sequence[InstrumentedAttribute[Any]]] = (
     Cooldown.enhanced_code,
     Cooldown.message,
 )
-# For a statement with an outer join to Cooldown. The prefix distinguishes them from other columns.
+# Statements with an outer join to Cooldown use these. The prefix tells them from other columns.
 COOLDOWN_COLUMNS: Final = tuple(each.label(f"cooldown_{each.key}") for each in _ATTRIBUTES)
 
 

@@ -41,7 +41,7 @@ from outbox_server.shared.database.models import (
 )
 from outbox_server.shared.states import JobChangeKind, JobState
 
-# The most cancelled batches that are compared with each row.
+# The maximum number of cancelled batches that are compared with each row.
 _MOST_IN_ARRAY: Final = 50
 
 

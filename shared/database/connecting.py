@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -232,7 +233,13 @@ async def connect(
     Raises:
         psycopg.Error: it is refused, or PostgreSQL does not answer.
     """
-    connection = await PostgresConnection.connect(**target.parameters, cursor_factory=_Cursor)
+    try:
+        connection = await PostgresConnection.connect(**target.parameters, cursor_factory=_Cursor)
+    except BaseException as error:
+        # The frames of an attempt that was cancelled hold its open socket, and the error holds the
+        # frames. PostgreSQL would wait for the password for a minute, and DROP DATABASE with it.
+        traceback.clear_frames(error.__traceback__)
+        raise
     connection.server_cursor_factory = _ServerCursor
     try:
         connection.answer_limit_s = None if patient else _ANSWER_LIMIT_S

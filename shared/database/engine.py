@@ -73,7 +73,7 @@ def create_engine(
     `single_statements`: each statement is its own transaction, in one round trip instead of four.
     `patient`: statements and transactions have no time limit, because nobody waits for them.
     `lock_timeout`: how long a statement waits for a lock that somebody else holds.
-    `kept`: connections besides OUTBOX_DATABASE_POOL, which parts keep for themselves.
+    `kept`: connections that parts keep for themselves, in addition to OUTBOX_DATABASE_POOL.
     No statement of a call runs before the call is bound to its user: `shared.database.ownership`.
 
     Raises:

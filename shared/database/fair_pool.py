@@ -17,7 +17,8 @@ from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.fair_shares import Claimant, FairShares
 
-# The most calls that wait. It is never reached, because other modules allow fewer calls.
+# The maximum number of calls that wait. It is never reached, because other modules allow fewer
+# calls.
 _WAITING: Final = 10_000
 
 

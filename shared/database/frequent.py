@@ -25,8 +25,6 @@ _DIALECT: Final = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 # A parameter, a constant of the text (such as the list of an IN), and a percent sign, as SQLAlchemy
 # writes them for psycopg.
 _PLACE: Final = re.compile(r"%\((\w+)\)s|__\[POSTCOMPILE_(\w+)\]|%%")
-# More connections than this return to the pool after their statement.
-_KEPT: Final = 1
 
 
 class FrequentStatement:
@@ -138,12 +136,14 @@ async def transaction_on(driver: psycopg.AsyncConnection[Any]) -> AsyncIterator[
 class KeptConnections:
     """Connections of an engine of single statements that one part of the process keeps for itself.
 
-    At most one is kept while it is not used, so the engine needs one more for each such part. The
-    engine's pool limits their number.
+    At most `kept` are kept while they are not used, so the engine needs as many more for each such
+    part. The engine's pool limits their number. A connection that is kept has its statements
+    prepared.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, kept: int = 1) -> None:
         self._engine = engine
+        self._most = kept
         self._idle: list[tuple[AsyncConnection, psycopg.AsyncConnection[Any]]] = []
 
     @asynccontextmanager
@@ -185,7 +185,7 @@ class KeptConnections:
             raise
 
     async def _keep(self, pooled: AsyncConnection, driver: psycopg.AsyncConnection[Any]) -> None:
-        if len(self._idle) < _KEPT and not driver.closed:
+        if len(self._idle) < self._most and not driver.closed:
             self._idle.append((pooled, driver))
         else:
             await pooled.close()

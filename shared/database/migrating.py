@@ -200,7 +200,7 @@ def _config(
     config.attributes["options"] = {
         "transaction_per_migration": True,
         "on_version_apply": (partial(_finish, say),),
-        # For `online_steps`.
+        # `online_steps` uses it.
         "say": say,
         "database_url": url,
         "patience": patience,

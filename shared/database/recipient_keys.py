@@ -1,7 +1,7 @@
 """The keys by which a job's address is compared with suppressions, in SQL.
 
 Releases before schema 0014 compared by case folding, for which `fußball.de` and `fussball.de` are
-one domain. Their rows have the folded key alone: a job `recipient_key`, a suppression an `address`
+one domain. Their rows have only the folded key: a job `recipient_key`, a suppression an `address`
 without a `form`. Such a suppression covers every address that folds to it, as it did before,
 because it is not known which of them was meant. Rows of later releases have both keys, because
 processes of both releases run side by side during an upgrade.

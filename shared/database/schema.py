@@ -7,6 +7,7 @@ contract step removes something that it uses. `outbox migrate` records that in t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,16 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.shared.database.serving import check_serving
+from outbox_server.shared.database.serving import check_serving, check_writable
 from outbox_server.shared.errors import ConfigurationError, FailedPrecondition
 from outbox_server.shared.loops import as_coroutine
 
+# How often a check asks for all that this release uses. While that fails, each check does.
+_WHOLE_EVERY_S: Final = 5.0
 _VERSIONS: Final = Path(__file__).parent / "migrations" / "versions"
 # The number of the last migration of this release.
 REVISION: Final = max(path.name.partition("_")[0] for path in _VERSIONS.glob("[0-9]*.py"))
-# As JSON, because the second column is missing before the first `outbox migrate` that creates it.
+# The row is read as JSON, because the second column is missing before `outbox migrate` adds it.
 _READ: Final = text("SELECT to_jsonb(alembic_version) FROM alembic_version")
 
 
@@ -89,12 +92,16 @@ class SchemaGuard:
         self._decided = asyncio.Event()
         self._refusal: ConfigurationError | None = None
         self._logged = ""
+        # When the next whole check is due, by the monotonic clock.
+        self._whole_at = 0.0
         self.code = code
         # The last revision that was read; "" before.
         self.revision = ""
 
     async def check(self) -> None:
         """Check that this release can run on the schema, and that PostgreSQL serves it.
+
+        All tables and columns are checked every 5 s, and by each call while one is missing.
 
         Raises:
             SchemaOlderError, ConfigurationError: it cannot. The cause is logged once.
@@ -115,7 +122,11 @@ class SchemaGuard:
             raise
         self._logged = ""
         self._decided.set()
+        if time.monotonic() < self._whole_at:
+            await check_writable(self._engine)
+            return
         await check_serving(self._engine)
+        self._whole_at = time.monotonic() + _WHOLE_EVERY_S
 
     async def run_when_usable(
         self, work: Sequence[Callable[[], Awaitable[None]]], stop: asyncio.Event

@@ -146,7 +146,7 @@ async def remove_old_events(
         .returning(JobEventCount.user_id)
         .cte("changed")
     )
-    # Users of whom nothing was counted yet.
+    # Users without a count yet.
     new = _adding(
         select(by_user.c.user_id, literal(0, BigInteger), by_user.c.last).where(
             by_user.c.user_id.not_in(select(changed.c.user_id))
@@ -195,7 +195,7 @@ async def remove_surplus_events(
         return 0
     oldest = (
         select(JobEvent.id)
-        # Not from the start of the index, which has what earlier steps have removed.
+        # The search does not begin at the start of the index, which still has removed rows.
         .where(
             event_place > tuple_(literal(user_id), literal(present.removed_to, BigInteger)),
             event_place <= tuple_(literal(user_id), literal(counted, BigInteger)),

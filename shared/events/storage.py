@@ -82,12 +82,12 @@ class EventQuery:
     after: int
 
 
-# As text, because Core has no columns of a sequence.
+# This is text, because Core has no columns of a sequence.
 _DRAWN: Final = text(
     "SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS id, clock_timestamp() AS now"
     " FROM job_events_id_seq"
 )
-# As text, because it reads a view of PostgreSQL.
+# This is text, because it reads a view of PostgreSQL.
 _HOLDERS: Final = text(
     "SELECT virtualtransaction FROM pg_locks WHERE locktype = 'advisory' AND granted"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"

@@ -17,7 +17,7 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.shared.callers import current_claimant
+from outbox_server.shared.callers import current_claimant, next_part
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.events.horizon import Horizon
@@ -40,8 +40,8 @@ from outbox_server.shared.states import JobState
 PAGE: Final = 500
 # How many events one look reads for all watchers together, because the event loop is blocked while
 # they are read. Each watcher gets an equal part, of at least the second number.
-_MOST_READ: Final = 2_000
-_LEAST: Final = 20
+_MOST_READ: Final = 500
+_LEAST: Final = 10
 # A watcher without events gets its position this often.
 HEARTBEAT: Final = timedelta(seconds=15)
 # Most transactions take a few ms: look again soon for those that were in progress.
@@ -150,6 +150,8 @@ class EventWatch:
         try:
             while True:
                 await watcher.changed.wait()
+                # Many watchers are woken at once.
+                await next_part()
                 watcher.changed.clear()
                 if watcher.is_expired:
                     raise expired()

@@ -42,7 +42,7 @@ from outbox_server.shared.forecast.pace import SenderPace
 from outbox_server.shared.forecast.simulation import JobGroup
 from outbox_server.shared.states import BatchState, JobState
 
-# The most jobs that are read one by one, in about 20 ms.
+# The maximum number of jobs that are read one by one, in about 20 ms.
 MOST_JOBS: Final = 20_000
 
 

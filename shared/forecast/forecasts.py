@@ -28,9 +28,9 @@ from outbox_server.shared.forecast.user_shares import share_of
 from outbox_server.shared.holds.storage import is_batch_held
 
 # The largest simulation in the event loop: its number of groups, and its work, which takes about
-# 5 ms. Larger simulations run in a thread.
+# 2 ms. Larger simulations run in a thread.
 _MOST_GROUPS_IN_LOOP: Final = 100
-_MOST_WORK_IN_LOOP: Final = 1_000
+_MOST_WORK_IN_LOOP: Final = 400
 HELD_NOTICE: Final = (
     "The installation is held, as after a restore of its database: nothing is sent before an "
     "operator releases it."

@@ -51,7 +51,7 @@ from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserSendLimit
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import JobState, SenderState
 
-# The most sends of the window that are read. If there are more, every n-th is read.
+# The maximum number of sends of the window that are read. If there are more, every n-th is read.
 _MOST_SENDS: Final = 2_000
 # The number of recent sends from which the duration of a send is computed.
 _SAMPLE: Final = 50

@@ -35,7 +35,8 @@ from outbox_server.shared.forecast.pace import PACE_STATEMENT, Rules, SenderPace
 from outbox_server.shared.forecast.simulation import JobGroup, Sends
 from outbox_server.shared.states import JobState
 
-# The most waiting jobs, and the most sends in the window, of a sender whose forecast is quick.
+# The maximum numbers of waiting jobs, and of sends in the window, of a sender whose forecast is
+# quick.
 MOST_QUICK: Final = 64
 
 

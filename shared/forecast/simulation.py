@@ -204,7 +204,7 @@ class _Simulation:
         self._takes = takes = limiter.takes
         places = max(1, min(limiter.max_in_flight, limiter.limit))
         self._pacer = Bound.GAP if limiter.gap else Bound.PLACES
-        # From start to start.
+        # The time from start to start.
         self._cycle = limiter.gap + takes if limiter.gap else takes // places
         self._period = limiter.window + takes
         # The last `limit` starts, as [first, step, count].

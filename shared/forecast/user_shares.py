@@ -14,7 +14,7 @@ from typing import Final
 
 from outbox_server.shared.forecast.simulation import Bound, Limiter, Sends
 
-# The most entries of a window that are computed. If there are more, every n-th is.
+# The maximum number of entries of a window that are computed. If there are more, every n-th is.
 _MOST_ENTRIES: Final = 2_000
 _LONG_AGO: Final = -(10**18)
 
@@ -54,7 +54,7 @@ def share_of(own: Limiter, user: UserLimiter | None) -> SharedLimiter:
         if binds:
             bounds[Bound.WINDOW] = Bound.USER_WINDOW
     if user.limit and user.senders > user.limit:
-        # Not every window has a turn for each of the senders.
+        # Some windows have no turn for some of the senders.
         turn = (own.window + own.takes) * user.senders // user.limit - own.takes
         if turn > limiter.gap:
             bounds[Bound.GAP] = Bound.USER_WINDOW

@@ -155,7 +155,7 @@ def _walk_statement(*, sharded: bool) -> Select[Any]:
         of_shard(EmailJob.sender_id),
     )
     each = waiting.union_all(sending).subquery()
-    # Of each sender, at most one row is of a waiting job.
+    # At most one row of each sender is a waiting job's.
     return (
         select(
             each.c.sender_id,

@@ -18,44 +18,27 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.shared.database.engine import DATABASE_ERRORS, snapshot
-from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.heads.concerned import Walk
 from outbox_server.shared.heads.lives import Lives
 from outbox_server.shared.heads.markers import delete_markers, mark_stale, read_abandoned
 from outbox_server.shared.heads.patrol import Patrol
+from outbox_server.shared.heads.reading import HeadReader
 from outbox_server.shared.heads.rebuilding import Rebuild
 from outbox_server.shared.heads.routes import Routes
-from outbox_server.shared.heads.statements import (
-    HEADS_STATEMENT,
-    HISTORY_STATEMENT,
-    shard_keys_statement,
-)
-from outbox_server.shared.heads.users import UserLoader, spans_of
-from outbox_server.shared.queue.circuit_keys import CircuitKeys, user_key
+from outbox_server.shared.heads.statements import HEADS_STATEMENT, shard_keys_statement
+from outbox_server.shared.heads.users import UserLoader
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
-from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import HEAD_SIZE, Queue, QueueFullError
-from outbox_server.shared.queue.records import (
-    ActiveLease,
-    Head,
-    PastEnd,
-    RebuildEnd,
-    brings_history,
-)
-from outbox_server.shared.secrets import SecretBox
-from outbox_server.shared.sending_hours import SendingHours
+from outbox_server.shared.queue.queue import Queue, QueueFullError
+from outbox_server.shared.queue.records import RebuildEnd, brings_history
 from outbox_server.shared.settings import Settings
 
 # A load that loses a race against a commit reads again. Each lost race means progress elsewhere.
 _TRIES = 20
 # Senders per statement and pipeline, which bounds the memory of a rebuild.
 _CHUNK = 200
-_DAY_MS = 24 * 60 * 60 * 1000
-# When to load a sender again whose waiting mail is all paused.
-_LOOK_AGAIN = timedelta(hours=1)
 
 _log = structlog.get_logger(__name__)
 
@@ -68,40 +51,6 @@ class RebuildResult(StrEnum):
     OVERTAKEN = "overtaken"
     # PostgreSQL failed, or Redis failed briefly.
     FAILED = "failed"
-
-
-def _opening(hours: str | None, now: int) -> tuple[int, int] | None:
-    """Return the opening that contains `now`, or the next one; None without sending hours."""
-    if hours is None:
-        return None
-    sending_hours = SendingHours.from_text(hours)
-    opens = sending_hours.opens(now)
-    # No opening within two weeks: search again on the next day.
-    return (now + _DAY_MS, now + _DAY_MS) if opens is None else (opens, sending_hours.closes(opens))
-
-
-def _wake(first_end: timedelta | None, *, left_out: bool) -> timedelta | None:
-    """Return the time until the sender must be loaded again, because the pause of a batch ends.
-
-    `left_out`: all its waiting jobs are of paused batches. Without a next time, Redis would forget
-    the sender, and the patrol would load it in each of its rounds.
-    """
-    if left_out:
-        return _LOOK_AGAIN if first_end is None else min(first_end, _LOOK_AGAIN)
-    return first_end
-
-
-def _no_head(sender_id: int) -> Head:
-    """Return an empty head, for a sender that PostgreSQL does not have: it is not visited again."""
-    return Head(
-        sender_id=sender_id,
-        hourly_limit=1,
-        gap=timedelta(0),
-        max_in_flight=1,
-        active=False,
-        jobs=(),
-        more=False,
-    )
 
 
 class HeadLoader:
@@ -118,7 +67,7 @@ class HeadLoader:
         """`on_rebuild` is called for each rebuild of a shard that Redis had lost."""
         self._on_rebuild = on_rebuild
         self._engine = engine
-        # For single statements, which need no transaction and so half of the round trips.
+        # Single statements need no transaction, and so half of the round trips.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.queues = queues
         self.lives = Lives(engine)
@@ -127,11 +76,7 @@ class HeadLoader:
         self._patrol = Patrol(
             engine, queues, find_queues=self.find_queues, load=self._load_without_commit
         )
-        self._window = settings.rate_window
-        self._floor = settings.min_gap
-        self._circuit_keys = CircuitKeys(
-            SecretBox.from_settings(settings), override=settings.smtp_override
-        )
+        self._reader = HeadReader(settings)
 
     def queue_of(self, sender_id: int) -> Queue:
         """Return the shard of a sender, as far as this process knows it (`routes`)."""
@@ -153,7 +98,7 @@ class HeadLoader:
     async def load_user(self, user_id: str, sender_ids: Sequence[int]) -> None:
         """Load the limits of a user, which were just changed, and its senders."""
         if sender_ids:
-            # So that the limits hold at once, before all senders are loaded.
+            # Load the limits first, so that they hold at once, before all senders are loaded.
             await self.load(sender_ids[:1], committed=True)
             queue = (await self.find_queues(sender_ids[:1]))[sender_ids[0]]
             await self._users.load(queue, [user_id], committed=True)
@@ -202,7 +147,7 @@ class HeadLoader:
             async with snapshot(self._engine) if fresh else self._single.connect() as connection:
                 found = await connection.execute(HEADS_STATEMENT, {"senders": list(epochs)})
                 rows = found.all()
-                heads, markers = await self._read(connection, epochs, rows)
+                heads, markers = await self._reader.read(connection, epochs, rows)
             strangers = await self._find_strangers(queue, rows)
             if strangers:
                 moved += strangers
@@ -261,70 +206,6 @@ class HeadLoader:
         async with self._engine.begin() as connection:
             await mark_stale(connection, sender_ids)
         await queue.forget_senders(sender_ids)
-
-    async def _read(
-        self, connection: AsyncConnection, epochs: Mapping[int, str], rows: Sequence[Row[Any]]
-    ) -> tuple[list[Head], dict[int, list[int]]]:
-        ends: dict[int, list[PastEnd]] = {}
-        leases: dict[int, list[ActiveLease]] = {}
-        fresh = {sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)}
-        if fresh:
-            gaps = (effective_gap(row.min_gap_ms, self._floor) for row in rows if row.id in fresh)
-            reach = max([self._window, *gaps])
-            values = {"senders": list(fresh), "reach": reach}
-            for row in await connection.execute(HISTORY_STATEMENT, values):
-                if row.leased:
-                    leases[row.sender_id] = [ActiveLease(*span[:2]) for span in spans_of(row)]
-                else:
-                    ends[row.sender_id] = [PastEnd(*span) for span in spans_of(row)]
-                await asyncio.sleep(0)
-        heads = []
-        for row in rows:
-            heads.append(
-                self._head(row, tuple(ends.get(row.id, ())), tuple(leases.get(row.id, ())))
-            )
-            # A chunk with long heads takes 0.1 s, and mail is sent meanwhile.
-            await asyncio.sleep(0)
-        known = {row.id for row in rows}
-        heads += [_no_head(sender_id) for sender_id in epochs if sender_id not in known]
-        return heads, {row.id: row.markers or [] for row in rows}
-
-    def _head(
-        self, row: Row[Any], ends: tuple[PastEnd, ...], leases: tuple[ActiveLease, ...]
-    ) -> Head:
-        jobs = tuple(
-            (JobRef(job_id, attempt + 1), due)
-            for job_id, attempt, due in zip(
-                row.ids or (), row.attempts or (), row.dues or (), strict=True
-            )
-        )
-        return Head(
-            sender_id=row.id,
-            hourly_limit=row.hourly_limit,
-            gap=effective_gap(row.min_gap_ms, self._floor),
-            max_in_flight=row.max_in_flight,
-            active=row.active,
-            jobs=jobs[:HEAD_SIZE],
-            more=len(jobs) > HEAD_SIZE,
-            user=user_key(row.user_id),
-            user_limited=bool(row.user_hourly_limit or row.user_min_gap_ms),
-            endpoint=self._circuit_keys.of_sender(
-                row.user_id,
-                row.smtp_host,
-                row.smtp_port,
-                row.smtp_security,
-                row.smtp_username,
-                password=row.smtp_password,
-                oauth2_credentials_id=row.oauth2_credentials_id,
-            ),
-            revision=row.revision,
-            opening=_opening(row.sending_hours, row.now),
-            cooldown=row.cooldown,
-            paused_until_ms=row.paused_until or 0,
-            wake=_wake(row.wake, left_out=row.left_out and not jobs),
-            ends=ends,
-            leases=leases,
-        )
 
     async def load_requested(self, queue: Queue, sender_ids: Sequence[int]) -> None:
         """Load senders that a claim on a shard asked for."""

@@ -72,7 +72,7 @@ def marking_stale(moved: CTE) -> CTE:
 
     It returns `sender_id` and the `id` of the marker.
     """
-    # Not DISTINCT, which would compare the ids of the new markers too.
+    # DISTINCT would compare the ids of the new markers too.
     senders = select(moved.c.sender_id).group_by(moved.c.sender_id)
     marking = insert(HeadMarker).from_select(("sender_id",), senders)
     return marking.returning(HeadMarker.sender_id, HeadMarker.id).cte("markers")

@@ -18,7 +18,7 @@ from outbox_server.shared.heads.concerned import ConcernedSender, Walk, find_los
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
 
-# The most senders of one part. Each takes 20 us of PostgreSQL and 10 us of Redis.
+# The maximum number of senders of one part. Each takes 20 us of PostgreSQL and 10 us of Redis.
 PART: Final = 250
 # If this share of a part is lost, more is probably lost, so the next part follows at once.
 _MANY: Final = 0.1

@@ -25,7 +25,8 @@ _LONGEST_READ: Final = 10_000
 _READ_TIME_S: Final = 0.5
 # Senders that are due within this time are loaded together with those that are due.
 _SOON: Final = timedelta(seconds=5)
-# The most senders, 200 bytes each, that wait in memory until those that are due are loaded.
+# The maximum number of senders, 200 bytes each, that wait in memory until those that are due are
+# loaded.
 _MOST_LATER: Final = 100_000
 # The number of loads at a time: while one waits for PostgreSQL or Redis, another uses the
 # processor.

@@ -14,7 +14,7 @@ from cachetools import LRUCache
 
 from outbox_server.shared.queue.queue import Queue
 
-# The most senders whose shard is remembered. A load finds the shard of others.
+# The maximum number of senders whose shard is remembered. A load finds the shard of others.
 _MOST_ROUTES: Final = 100_000
 
 
@@ -23,7 +23,7 @@ class Routes:
 
     def __init__(self, queues: Sequence[Queue]) -> None:
         self.queues = queues
-        # Only senders that are not in the shard of their id.
+        # It has only senders that are not in the shard of their id.
         self._moved: LRUCache[int, Queue] = LRUCache(_MOST_ROUTES)
 
     def by_id(self, sender_id: int) -> Queue:

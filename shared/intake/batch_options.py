@@ -10,7 +10,7 @@ from typing import Final
 
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import FieldViolation, InvalidInput, Violations
-from outbox_server.shared.intake.send_times import BadScheduleTime, check_time_zone
+from outbox_server.shared.intake.schedule_times import BadScheduleTime, check_time_zone
 from outbox_server.shared.intake.tags import (
     BadTag,
     check_external_id,
@@ -18,7 +18,6 @@ from outbox_server.shared.intake.tags import (
     is_label_key,
 )
 from outbox_server.shared.mail_headers import BadHeader, header_name, needs_unsubscribe
-from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchMode, DuplicatePolicy
 from outbox_server.shared.templates.batch import variable_name
 from outbox_server.shared.templates.head import HeadTexts
@@ -181,25 +180,12 @@ def _check_request_id(options: BatchOptions, field: str, *, needed: bool) -> Non
 
 
 def _check_spacing(options: BatchOptions, field: str) -> None:
-    if not 0 <= options.spacing_ms <= bounds.MAX_SPACING // _MILLISECOND:
-        raise InvalidInput.field(
-            f"{field}.spacing",
-            f"must be 0 s to 7 days (got {format_duration(options.spacing_ms * _MILLISECOND)})",
-            reason="SPACING_INVALID",
-        )
+    bounds.check_spacing(f"{field}.spacing", options.spacing_ms * _MILLISECOND)
 
 
 def _check_expiry(options: BatchOptions, field: str) -> None:
-    shortest, longest = bounds.MIN_EXPIRE_AFTER, bounds.MAX_EXPIRE_AFTER
-    if options.expire_after_ms is not None and not (
-        shortest <= options.expire_after_ms * _MILLISECOND <= longest
-    ):
-        raise InvalidInput.field(
-            f"{field}.expire_after",
-            "must be 1 s to 366 days "
-            f"(got {format_duration(options.expire_after_ms * _MILLISECOND)})",
-            reason="EXPIRE_AFTER_INVALID",
-        )
+    if options.expire_after_ms is not None:
+        bounds.check_expire_after(f"{field}.expire_after", options.expire_after_ms * _MILLISECOND)
 
 
 def _check_time_zone(options: BatchOptions, field: str) -> None:

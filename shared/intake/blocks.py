@@ -23,8 +23,8 @@ from outbox_server.shared.states import DuplicatePolicy
 from outbox_server.shared.templates.batch import BatchTemplate, decode_variables
 from outbox_server.shared.templates.checking import RowFailure, is_proven, local_failures
 
-# The most bytes of a mail that one character of a row becomes: four in UTF-8 or five when escaped,
-# each of which quoted-printable may write as three.
+# The maximum number of bytes of a mail that one character of a row becomes: four in UTF-8 or five
+# when escaped, each of which quoted-printable may write as three.
 _MOST_GROWTH = 3 * MOST_BYTES
 # Failures whose text begins with the field of the template.
 _OF_A_TEMPLATE = ("TEMPLATE_RENDER_FAILED", "TEMPLATE_LIMIT")

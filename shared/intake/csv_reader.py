@@ -254,7 +254,7 @@ def _without_end_mark(texts: Iterator[str]) -> Iterator[str]:
         text = held + arrived
         held = ""
         if text.endswith((_END_OF_FILE, "\r", "\n", " ")) and _END_OF_FILE in text:
-            # Not a regular expression, which would take long for many marks before other text.
+            # A regular expression would take long for many marks before other text.
             last = len(text.rstrip(f"{_END_OF_FILE} \r\n"))
             mark = text.find(_END_OF_FILE, last)
             if mark >= 0 and len(text) - mark <= _MOST_AT_THE_END:

@@ -20,6 +20,7 @@ from outbox_server.shared.intake.rows import (
     RecipientPlan,
     RowPlan,
 )
+from outbox_server.shared.reading_turns import given_back
 from outbox_server.shared.templates.batch import BatchTemplate
 
 C = TypeVar("C")
@@ -238,7 +239,8 @@ class StreamedChunks(Generic[C]):
                 self._waiting = waiting
                 if self._closed:
                     waiting.cancel()
-            chunk = waiting.result()
+            with given_back():
+                chunk = waiting.result()
             if chunk is None:
                 return
             yield chunk

@@ -7,35 +7,35 @@ the content, the caller's id and labels. A column that nothing uses is never a p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
-from outbox_server.shared.bounds import EXTERNAL_ID, MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.bounds import EXTERNAL_ID
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 from outbox_server.shared.intake.csv_reader import ZONE_NAMES, CsvTable
 from outbox_server.shared.intake.csv_tags import CsvTags, find_column
-from outbox_server.shared.intake.send_times import (
-    BadScheduleTime,
-    check_time_zone,
-    parse_schedule_time,
+from outbox_server.shared.intake.row_checks import (
+    Problem,
+    RowChecks,
+    check_used,
+    first_missing,
+    oversized,
 )
+from outbox_server.shared.intake.schedule_times import BadScheduleTime
 from outbox_server.shared.intake.tags import BadTag, RawTags, RowTags
-from outbox_server.shared.quoting import quoted, shortened
+from outbox_server.shared.reading_turns import pass_on
 from outbox_server.shared.templates.batch import (
-    LINE_BREAK,
     BatchTemplate,
-    RenderError,
     encode_variables,
-    missing_column,
     variable_name,
 )
-from outbox_server.shared.templates.checking import SHORT_CELL, doubtful_column
 
 _BLOCK_SIZE = 5_000
-# The most characters of a block. It limits memory, because a cell may be long.
+# How many rows are read, in about 1 ms, before the thread lets others read.
+_ROWS_AT_ONCE = 100
+# The maximum number of characters of a block. It limits memory, because a cell may be long.
 _BLOCK_CHARACTERS = 4 * 1024 * 1024
 _ABSENT = -1
 # The number of column names whose variable names are cached, since rows repeat the same columns.
@@ -124,7 +124,12 @@ def read_blocks(
     bad: list[RowRejection] = []
     read = plan.read
     characters = 0
+    until_pause = _ROWS_AT_ONCE
     for number, raw in rows:
+        until_pause -= 1
+        if not until_pause:
+            until_pause = _ROWS_AT_ONCE
+            pass_on()
         row = read(number, raw)
         if isinstance(row, JobRow):
             good.append(row)
@@ -169,15 +174,13 @@ class CsvPlan:
         self._least_width = max(index for index, name in enumerate(table.names) if name) + 1
         self.variable_names = tuple(name for name in template.variable_names if name in index_of)
         self._indexes = [index_of[name] for name in self.variable_names]
-        self._missing = _first_missing(template, index_of)
+        self._missing = first_missing(template, index_of)
         self._tags = CsvTags(table.names, rules.external_id_column, rules.label_columns)
         self._has_tags = bool(self._tags.used)
-        self._checks = _Checks(
-            template, self.variable_names, rules.default_zone, self._tags.id_column
-        )
+        self._checks = RowChecks(template, self.variable_names, rules.default_zone)
         if rules.name_column:
             find_column(table.names, rules.name_column, "name_column")
-        _check_used(table, template, self._tags.used, timed=self._schedule_time_index >= 0)
+        check_used(table, template, self._tags.used, timed=self._schedule_time_index >= 0)
 
     def read(self, number: int, raw: list[str]) -> JobRow | RowRejection:
         """Check one row."""
@@ -210,7 +213,8 @@ class CsvPlan:
             return RowRejection(number, *problem)
         key = address_key(recipient)
         row = JobRow(number, recipient, key, schedule_time, encode_variables(values))
-        return self._checks.tagged(row, self._tags.read(raw)) if self._has_tags else row
+        tags = self._tags.read(raw) if self._has_tags else None
+        return row if tags is None else _tagged(row, tags, self._tags.id_column)
 
 
 class RecipientPlan:
@@ -224,7 +228,7 @@ class RecipientPlan:
         self._template = template
         self.variable_names = template.variable_names
         self._special_domains = rules.special_domains
-        self._checks = _Checks(template, self.variable_names, rules.default_zone)
+        self._checks = RowChecks(template, self.variable_names, rules.default_zone)
         self._used = frozenset((*template.variable_names, "schedule_time"))
         self._names: dict[str, str] = {}
 
@@ -232,7 +236,7 @@ class RecipientPlan:
         """Check one row."""
         email, columns, external_id, labels = raw
         cells: dict[str, str] = {}
-        problem = _oversized(columns) or self._collect(columns, cells)
+        problem = oversized(columns) or self._collect(columns, cells)
         if problem:
             return RowRejection(number, *problem)
         cells["email"] = email
@@ -248,7 +252,7 @@ class RecipientPlan:
             return RowRejection(number, "email", error.reason, error.message)
         except BadScheduleTime as error:
             return _bad_time(number, error, zone_name)
-        missing = _first_missing(self._template, cells)
+        missing = first_missing(self._template, cells)
         if missing:
             return RowRejection(number, *missing)
         values = [cells.get(name) for name in self.variable_names]
@@ -257,24 +261,24 @@ class RecipientPlan:
             return RowRejection(number, *problem)
         key = address_key(recipient)
         row = JobRow(number, recipient, key, schedule_time, encode_variables(values))
-        return self._checks.tagged(row, RawTags(external_id, labels))
+        return _tagged(row, RawTags(external_id, labels))
 
-    def _collect(self, columns: Mapping[str, str], cells: dict[str, str]) -> _Problem | None:
+    def _collect(self, columns: Mapping[str, str], cells: dict[str, str]) -> Problem | None:
         """Add the cells to `cells` by variable name, or return the problem of a column."""
         for column, cell in columns.items():
             name = self._name(column)
             if name in EMAIL_NAMES or (name in _MAYBE_EMAIL_NAMES and "@" in cell):
-                return _Problem(
+                return Problem(
                     name, "DUPLICATE_COLUMN", "the address belongs in `email`, not in a column"
                 )
             if name in cells and (name in self._used or name in ZONE_NAMES):
-                return _Problem(
+                return Problem(
                     name, "DUPLICATE_COLUMN", f"two columns have the variable name `{name}`"
                 )
             if name:
                 cells[name] = cell
         if "schedule_time" in cells and all(name in cells for name in ZONE_NAMES):
-            return _Problem(
+            return Problem(
                 ZONE_NAMES[1],
                 "DUPLICATE_COLUMN",
                 "`time_zone` and `timezone` both give the time zone; keep one",
@@ -296,164 +300,11 @@ def _bad_time(number: int, error: BadScheduleTime, zone_name: str) -> RowRejecti
     return RowRejection(number, column, error.reason, error.message)
 
 
-class _Problem(NamedTuple):
-    column: str
-    reason: str
-    message: str
-
-
-class _Checks:
-    """The checks that all rows have in common."""
-
-    def __init__(
-        self,
-        template: BatchTemplate,
-        names: Sequence[str],
-        default_zone: str,
-        id_column: str = "",
-    ) -> None:
-        self._template = template
-        self._id_column = id_column
-        self._checks_head = template.checks_head
-        self._names = names
-        self._default_zone = default_zone
-        # The subject of a Liquid template is rendered with the rest of the mail.
-        self._subject_indexes = [
-            index
-            for index, name in enumerate(names)
-            if name in template.subject_names and not template.subject_is_liquid
-        ]
-        self._content_indexes = [
-            index for index, name in enumerate(names) if name in ("body", "html")
-        ]
-
-    def schedule_time(self, text: str, zone: str) -> datetime | None:
-        """Return the row's own time, or None. The zone is checked even if it is not needed."""
-        if text and not text.isspace():
-            return parse_schedule_time(text, zone, self._default_zone)
-        if zone and not zone.isspace():
-            check_time_zone(zone.strip())
-        return None
-
-    def tagged(self, row: JobRow, tags: RawTags) -> JobRow | RowRejection:
-        """Return the row with its id and labels, or what is wrong with them."""
-        try:
-            checked = tags.checked()
-        except BadTag as error:
-            column = self._id_column if error.reason == EXTERNAL_ID.reason else ""
-            return RowRejection(row.row_number, column, error.reason, error.message)
-        return row if checked is None else row._replace(tags=checked)
-
-    def texts(self, values: Sequence[str | None]) -> _Problem | None:
-        """Return the first problem with the subject or the content, or None."""
-        doubtful = self._template.subject_breaks
-        for index in self._subject_indexes:
-            cell = values[index] or ""
-            if len(cell) > SHORT_CELL or LINE_BREAK.search(cell):
-                doubtful = True
-                break
-        # Whether a subject is too long, or has a line break, can be seen only when it is rendered.
-        if doubtful:
-            try:
-                self._template.render_subject(
-                    {
-                        name: value
-                        for name, value in zip(self._names, values, strict=True)
-                        if value is not None
-                    }
-                )
-            except RenderError as error:
-                column = doubtful_column(self._template, self._names, values)
-                return _Problem(column, error.reason, error.message)
-        if self._checks_head:
-            try:
-                self._template.render_head(
-                    {
-                        name: value
-                        for name, value in zip(self._names, values, strict=True)
-                        if value is not None
-                    }
-                )
-            except RenderError as error:
-                return _Problem(error.column, error.reason, error.message)
-        if self._template.content_from_row and not any(
-            values[index] for index in self._content_indexes
-        ):
-            return _Problem("", "NO_CONTENT", "the row has neither `body` nor `html`")
-        return None
-
-
-def _oversized(columns: Mapping[str, str]) -> _Problem | None:
-    """Return the problem if a row has too many columns, or one that is too long, or None."""
-    if len(columns) > MAX_COLUMNS:
-        return _Problem(
-            "",
-            "TOO_MANY_COLUMNS",
-            f"a row must have at most {MAX_COLUMNS:,} columns (got {len(columns):,})",
-        )
-    for column, cell in columns.items():
-        if len(column) > MAX_COLUMN_NAME:
-            return _Problem(
-                "",
-                "COLUMN_NAME_TOO_LONG",
-                f"the name of a column must have at most {MAX_COLUMN_NAME} characters "
-                f"(got {len(column):,}): {quoted(column)}",
-            )
-        if len(cell) > MAX_CELL:
-            return _Problem(
-                shortened(column),
-                "CELL_TOO_LONG",
-                f"a cell must have at most {MAX_CELL:,} characters (got {len(cell):,})",
-            )
-    return None
-
-
-def _check_used(
-    table: CsvTable, template: BatchTemplate, more: Iterable[str], *, timed: bool
-) -> None:
-    """Check that no name that is used belongs to two columns.
-
-    Raises:
-        InvalidInput: CSV_DUPLICATE_COLUMN.
-    """
-    used = {*template.variable_names, *more} - {"email"}
-    if timed:
-        used.update(("schedule_time", *ZONE_NAMES))
-    first: dict[str, str] = {}
-    for column, name in zip(table.columns, table.names, strict=True):
-        if name in used and name in first:
-            raise InvalidInput(
-                f"the columns {quoted(first[name])} and {quoted(column)} have the same variable "
-                f"name, `{name}`, which is used; rename one",
-                reason="CSV_DUPLICATE_COLUMN",
-                metadata={"column": name},
-            )
-        first.setdefault(name, column)
-    if timed and first.keys() >= set(ZONE_NAMES):
-        zones = [quoted(first[name]) for name in ZONE_NAMES]
-        raise InvalidInput(
-            f"the columns {zones[0]} and {zones[1]} both give the time zone of a row; keep one",
-            reason="CSV_DUPLICATE_COLUMN",
-            metadata={"column": ZONE_NAMES[1]},
-        )
-
-
-def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem | None:
-    """Return the problem for the first required variable without a column, or None."""
-    for name in sorted(template.required.difference(columns)):
-        if name == "subject" and template.subject_from_row:
-            return _Problem(
-                name,
-                "COLUMN_MISSING",
-                "there is no subject: set options.subject, or add the column",
-            )
-        if len(name) > MAX_COLUMN_NAME:
-            # Every rejection repeats this text, and a template has room for a name of 256 KiB.
-            return _Problem(
-                shortened(name),
-                "COLUMN_MISSING",
-                f"the template needs a column whose name has {len(name):,} characters; the name of "
-                f"a column has at most {MAX_COLUMN_NAME}",
-            )
-        return _Problem(name, "COLUMN_MISSING", missing_column(name, columns))
-    return None
+def _tagged(row: JobRow, tags: RawTags, id_column: str = "") -> JobRow | RowRejection:
+    """Return the row with its id and labels, or the row's rejection. `id_column` has the ids."""
+    try:
+        checked = tags.checked()
+    except BadTag as error:
+        column = id_column if error.reason == EXTERNAL_ID.reason else ""
+        return RowRejection(row.row_number, column, error.reason, error.message)
+    return row if checked is None else row._replace(tags=checked)

@@ -8,8 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from outbox_server.shared.bounds import EXTERNAL_ID, LABEL_KEY, LABEL_VALUE, MAX_LABELS
-from outbox_server.shared.mail_headers import CONTROL
+from outbox_server.shared.bounds import (
+    EXTERNAL_ID,
+    LABEL_KEY,
+    LABEL_VALUE,
+    MAX_LABELS,
+    control_in,
+)
 from outbox_server.shared.quoting import quoted
 
 _KEY: Final = re.compile(r"[a-z][a-z0-9_-]*", re.ASCII)
@@ -115,6 +120,5 @@ def external_key(user_id: str, external_id: str) -> int:
 
 
 def _check_control(what: str, text: str, reason: str) -> None:
-    control = CONTROL.search(text)
-    if control:
-        raise BadTag(f"{what} cannot contain a control character (U+{ord(control[0]):04X})", reason)
+    if control := control_in(text):
+        raise BadTag(f"{what} cannot contain a control character ({control})", reason)

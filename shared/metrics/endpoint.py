@@ -17,13 +17,12 @@ from typing import Final
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.listening import check_listen_address, host_and_port
+from outbox_server.shared.listening import cannot_bind, check_listen_address, host_and_port
 
 VARIABLE: Final = "OUTBOX_METRICS_LISTEN"
 _MAX_HEAD_BYTES: Final = 8 * 1024
-# The most connections at once, in all and of one address. Further ones are closed without an
-# answer. A scraper needs one, and one address cannot use up the connections of all.
+# The maximum number of connections at once, in all and of one address. Further ones are closed
+# without an answer. A scraper needs one, and one address cannot use up the connections of all.
 CONNECTIONS: Final = 64
 CONNECTIONS_OF_ONE_ADDRESS: Final = 8
 _LIMIT: Final = timedelta(seconds=10)
@@ -61,10 +60,7 @@ class MetricsEndpoint:
                 self._serve, host, port, limit=_MAX_HEAD_BYTES
             )
         except OSError as error:
-            raise ConfigurationError(
-                f"{VARIABLE}: {self._listen} cannot be bound: another process uses it, or it is "
-                "not an address of this machine"
-            ) from error
+            raise cannot_bind(VARIABLE, self._listen) from error
         _log.info("metrics", port=self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:

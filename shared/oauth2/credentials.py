@@ -50,5 +50,5 @@ class _NoTokens:
         raise TokenUnavailable(f"this process requests no access tokens (credentials {ref})")
 
 
-# For code that opens sessions only to endpoints without OAuth 2.0.
+# Used by code that opens sessions only to endpoints without OAuth 2.0.
 NO_TOKENS: Final[TokenProvider] = _NoTokens()

@@ -27,7 +27,7 @@ from outbox_server.shared.tls import TlsContexts
 # Limit of the whole exchange, from the look-up of the name to the last byte.
 LIMIT: Final = timedelta(seconds=10)
 MAX_ANSWER_BYTES: Final = 64 * 1024
-# The most bytes of the head of an answer, and of the lengths of its chunks.
+# The maximum number of bytes of the head of an answer, and of the lengths of its chunks.
 _MAX_HEAD_BYTES: Final = 32 * 1024
 
 
@@ -102,7 +102,7 @@ class TokenClient:
     async def _exchange(self, wanted: TokenRequest, tls: ssl.SSLContext) -> Grant | Failure:
         headers = [
             (b"Accept", b"application/json"),
-            # Without compression, so that the limit of the size holds.
+            # Ask for no compression, so that the limit of the size holds.
             (b"Accept-Encoding", b"identity"),
             (b"Content-Type", b"application/x-www-form-urlencoded"),
             (b"Connection", b"close"),

@@ -124,7 +124,7 @@ class TokenSource:
         """Return the task that requests the token after `version`. There is one per process."""
         running = self._renewals.get(ref.credentials_id)
         if running is None:
-            # With a context of its own, because it outlives the call that starts it.
+            # The task has a context of its own, because it outlives the call that starts it.
             running = asyncio.create_task(self._renew(ref, version), context=Context())
             self._renewals[ref.credentials_id] = running
             running.add_done_callback(lambda done: self._ended(ref, done))

@@ -48,7 +48,7 @@ class CircuitKeys:
         self._secrets = secrets
         self._secret = secrets.derive_key(_PURPOSE)
         self._override = override
-        # By encrypted password. Keeps no password in memory.
+        # The keys are encrypted passwords, so that no password is kept in memory.
         self._digests: LRUCache[bytes, str] = LRUCache(_KEPT_DIGESTS)
 
     def of_sender(

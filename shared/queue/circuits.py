@@ -31,7 +31,7 @@ class CircuitChange:
     """A circuit has opened or closed. Only the process that caused the change gets it."""
 
     opened: bool
-    # As in `Circuit`.
+    # The same as in `Circuit`.
     sender_id: int | None
     open_since_ms: int
     reason: str

@@ -203,7 +203,7 @@ def connect_to_cluster(url: str, options: Mapping[str, Any]) -> ClusterClient:
     """
     found = parse_cluster_url(url)
     limits = {name: value for name, value in options.items() if name != "max_connections"}
-    # A node replies at once, also to a client that waits for messages.
+    # A node replies at once, even to a client that waits for messages.
     limits["socket_timeout"] = options["socket_connect_timeout"]
     cluster = ClusterMap(found.hosts, {**limits, **found.login, **found.tls})
 

@@ -34,7 +34,7 @@ _LEFT_AFTER: Final = frozenset(
     ("READONLY", "MASTERDOWN", "MOVED", "CLUSTERDOWN", "OOM", "LOADING", "MISCONF", "NOREPLICAS")
 )
 # If there is no other server, a server that does not serve is left again and again. The pause
-# between two departures doubles from the first value to the last, and starts anew after the reset.
+# between two departures doubles from the first value to the last, and starts again after the reset.
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 4.0
 _RESET_S: Final = 10.0

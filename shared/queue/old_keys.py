@@ -67,7 +67,7 @@ class OldKeys:
 
     async def _delete_on(self, node: Redis) -> int:
         deleted = 0
-        # By hash tag, because the keys of one command must be in one slot of a cluster.
+        # Grouped by hash tag, because the keys of one command must be in one slot of a cluster.
         found: dict[str, list[str]] = {}
         async for key in node.scan_iter(match="outbox:{*", count=_AT_ONCE):
             name = key.decode() if isinstance(key, bytes) else key

@@ -3,6 +3,9 @@
 redis-py gives each call a connection of its own for as long as the call takes, and several tasks
 and time limits. Here a call costs one write and one future. redis-py still opens the connection
 (address, TLS, login, database). Then this module takes over its transport.
+
+Redis sends the replies to all commands of one write together, after it has executed the last of
+them. So an urgent call is written alone, and the others follow once its reply has come.
 """
 
 from __future__ import annotations
@@ -92,13 +95,18 @@ class PipelinedConnection(asyncio.Protocol):
         self._waiting: deque[_Written] = deque()
         # When the first of them became the first, or was given up.
         self._first_since = 0.0
-        # Commands that are sent once all tasks that run now have added their own.
+        # Commands that are sent once all tasks that run now have added their own. The calls of
+        # `_unsent` are the last ones of `_waiting`.
+        self._urgent: list[bytes] = []
         self._unsent: list[bytes] = []
+        self._flushing = False
+        # The urgent call after whose reply `_unsent` is sent.
+        self._before: _Written | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
         self._ended = False
         self._lost = asyncio.Event()
-        # Not set while too much is waiting to be sent.
+        # It is not set while too much is waiting to be sent.
         self._writable = asyncio.Event()
         self._writable.set()
         self._transport.set_protocol(self)
@@ -122,27 +130,54 @@ class PipelinedConnection(asyncio.Protocol):
         """Wait until the server takes what is sent, or the connection has ended."""
         await self._writable.wait()
 
-    def write(self, commands: bytes, count: int) -> asyncio.Future[list[Any]]:
+    def write(
+        self, commands: bytes, count: int, *, urgent: bool = False
+    ) -> asyncio.Future[list[Any]]:
         """Send `count` commands in one piece. Returns their replies.
 
         The replies include errors: those of the server, and `NoReplyError`. The future may be
         ignored: the replies of others stay in order.
+
+        An `urgent` call goes before the calls of the same moment that are not. They wait for its
+        reply, and for no other urgent call.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         now = self._loop.time()
-        if not self._unsent:
+        if not self._flushing:
+            self._flushing = True
             self._loop.call_soon(self._flush)
-        self._unsent.append(commands)
-        self._waiting.append(_Written(count, now, future))
+        written = _Written(count, now, future)
+        if urgent:
+            self._urgent.append(commands)
+            self._waiting.insert(len(self._waiting) - len(self._unsent), written)
+        else:
+            self._unsent.append(commands)
+            self._waiting.append(written)
         if self._limit_s is not None and self._timer is None:
             self._timer = self._loop.call_at(now + self._limit_s, self._check_limit)
         return future
 
     def _flush(self) -> None:
         """Send what has been written. What several tasks write at the same time is sent at once."""
-        unsent, self._unsent = self._unsent, []
-        if not (self._ended or self._transport.is_closing()):
-            self._transport.write(b"".join(unsent))
+        self._flushing = False
+        if not self._urgent:
+            if self._before is None:
+                self._send_all()
+            return
+        if self._unsent and self._before is None:
+            self._before = self._waiting[-len(self._unsent) - 1]
+        urgent, self._urgent = self._urgent, []
+        self._send(urgent)
+
+    def _send_all(self) -> None:
+        """Send the other calls too, in the order of `_waiting`."""
+        self._before = None
+        commands, self._urgent, self._unsent = self._urgent + self._unsent, [], []
+        self._send(commands)
+
+    def _send(self, commands: list[bytes]) -> None:
+        if commands and not (self._ended or self._transport.is_closing()):
+            self._transport.write(b"".join(commands))
 
     def retire(self) -> None:
         """Close it after the calls that are under way."""
@@ -191,6 +226,8 @@ class PipelinedConnection(asyncio.Protocol):
         if len(first.replies) == first.count:
             self._waiting.popleft()
             self._first_since = self._loop.time()
+            if first is self._before:
+                self._send_all()
             self._finish(first, first.replies)
         if self._retired and not self._waiting:
             self._transport.close()

@@ -40,8 +40,8 @@ from outbox_server.shared.queue.records import (
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
 from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserLimit, UserSendLimits
 
-# The most jobs in a sender's head. Redis stores a sorted set of up to 128 members as a compact
-# listpack, here with 33 bytes per job: the heads of 1,000 senders take less than 4 MB.
+# The maximum number of jobs in a sender's head. Redis stores a sorted set of up to 128 members as a
+# compact listpack, here with 33 bytes per job: the heads of 1,000 senders take less than 4 MB.
 HEAD_SIZE = 112
 # A head with fewer jobs is loaded again while the rest of it is being sent.
 LOW_WATER = 32
@@ -116,8 +116,10 @@ class Queue:
             name: redis.register_script(read_script(name, includes)) for name in SCRIPTS
         }
 
-    async def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return await self.redis.scripts.run(self._scripts[name], keys, args)
+    async def _run(
+        self, name: str, keys: Sequence[str], args: Sequence[Any], *, urgent: bool = False
+    ) -> Any:
+        return await self.redis.scripts.run(self._scripts[name], keys, args, urgent=urgent)
 
     async def claim(self, want: int, limits: Sequence[UserLimit] = ()) -> Claimed:
         """Claim up to `want` jobs that may be sent now, each leased for one lease time."""
@@ -161,11 +163,15 @@ class Queue:
         )
 
     async def confirm(self, claims: Sequence[Claim]) -> list[bool]:
-        """Return for each claim whether its lease still exists (confirm.lua describes the race)."""
+        """Return for each claim whether its lease still exists (confirm.lua describes the race).
+
+        Mails wait for the reply, so it does not wait for the claims and settlements of this moment.
+        """
         args: list[Any] = [self._window]
         for claim in claims:
             args += (claim.sender_id, member_of(claim.job), claim.lease_ms)
-        return [holds == 1 for holds in await self._run("confirm", (self.keys.ready,), args)]
+        held = await self._run("confirm", (self.keys.ready,), args, urgent=True)
+        return [holds == 1 for holds in held]
 
     async def renew(self, claims: Sequence[tuple[int, JobRef, str]]) -> list[int | None]:
         """Renew the leases of these (sender, job, key of the user): each ends a lease from now.

@@ -158,7 +158,7 @@ class Head:
     # The key of its user, which a claim counts by, and of its endpoint
     # (`shared.queue.circuit_keys`), and the sender's revision.
     user: str = ""
-    # Whether the user has limits that were set for it alone, so that it has a `UserHead`.
+    # Whether the user has limits of its own, and so a `UserHead`.
     user_limited: bool = False
     endpoint: str = RELAY
     revision: int = 1

@@ -52,8 +52,10 @@ class ScriptPipe:
         self._open: set[PipelinedConnection] = set()
         self._connecting: asyncio.Task[PipelinedConnection] | None = None
 
-    async def run(self, script: AsyncScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script and return its reply.
+    async def run(
+        self, script: AsyncScript, keys: Sequence[str], args: Sequence[Any], *, urgent: bool = False
+    ) -> Any:
+        """Run a script and return its reply, before other calls of this moment if it is `urgent`.
 
         If the call is cancelled, the script may still run.
 
@@ -61,12 +63,12 @@ class ScriptPipe:
             NoReplyError: it may or may not have run.
             redis.exceptions.RedisError, OSError: it did not run, or it failed.
         """
-        (reply,) = await self.run_all((ScriptCall(script, keys, args),))
+        (reply,) = await self.run_all((ScriptCall(script, keys, args),), urgent=urgent)
         if isinstance(reply, Exception):
             raise reply
         return reply
 
-    async def run_all(self, calls: Sequence[ScriptCall]) -> list[Any]:
+    async def run_all(self, calls: Sequence[ScriptCall], *, urgent: bool = False) -> list[Any]:
         """Send several calls in one write and return their replies in order.
 
         Redis runs them in this order, possibly with calls of others in between. If one fails, its
@@ -76,7 +78,8 @@ class ScriptPipe:
         Raises:
             redis.exceptions.RedisError, OSError: none of them was sent.
         """
-        replies = await self._send(b"".join([call.packed() for call in calls]), len(calls))
+        commands = b"".join([call.packed() for call in calls])
+        replies = await self._send(commands, len(calls), urgent=urgent)
         unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
             answers = await self._teach([calls[n] for n in unknown])
@@ -114,7 +117,7 @@ class ScriptPipe:
         # If Redis refused to load a script, that error is the reason.
         return [load if isinstance(load, Exception) else reply for load, reply in pairs]
 
-    async def _send(self, commands: bytes, count: int) -> list[Any]:
+    async def _send(self, commands: bytes, count: int, *, urgent: bool = False) -> list[Any]:
         if self._slots.locked():
             await self._wait_for_slot()
         else:
@@ -123,7 +126,7 @@ class ScriptPipe:
             connection = self._current
             while connection is None or not (connection.is_usable and connection.is_writable):
                 connection = await self._next()
-            replies = connection.write(commands, count)
+            replies = connection.write(commands, count, urgent=urgent)
         except BaseException:
             self._slots.release()
             raise

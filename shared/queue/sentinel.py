@@ -92,7 +92,7 @@ def connect_by_sentinel(url: str, options: Mapping[str, Any]) -> FollowingClient
     found = parse_sentinel_url(url)
     kept = ("socket_connect_timeout", "socket_keepalive", "socket_keepalive_options", "retry")
     limits = {name: options[name] for name in kept}
-    # A sentinel replies at once, also to a client that waits for messages.
+    # A sentinel replies at once, even to a client that waits for messages.
     limits["socket_timeout"] = options["socket_connect_timeout"]
     manager = Sentinel(  # type: ignore[no-untyped-call]
         found.hosts, sentinel_kwargs={**limits, **found.sentinel_options}

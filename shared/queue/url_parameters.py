@@ -66,7 +66,7 @@ _TLS_SCHEME: Final = "rediss"
 
 
 def check_files(url: str) -> None:
-    """Check that the files exist which a URL of Redis names, also one for Sentinel or a cluster.
+    """Check that the files exist that a URL of Redis, Sentinel or a cluster names.
 
     Raises:
         ConfigurationError: one does not.

@@ -29,7 +29,7 @@ class UserSendLimits:
 
     # Sends whose ends lie in one trailing window.
     hourly_limit: int = 0
-    # From the end of a send to the start of the next.
+    # The time from the end of a send to the start of the next.
     gap: timedelta = timedelta(0)
 
     @classmethod

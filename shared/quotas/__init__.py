@@ -1,1 +1,1 @@
-"""Quotas: the most that one user may have, by default or by an operator's override."""
+"""Quotas: the maximum that one user may have, by default or by an operator's override."""

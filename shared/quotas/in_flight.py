@@ -22,7 +22,7 @@ class CallsInFlight:
     """The calls in flight by user: those that run, and those that wait for a place."""
 
     def __init__(self) -> None:
-        # Only users with a call in flight are in it.
+        # It has only users with a call in flight.
         self._counts: Counter[tuple[str, CallGroup]] = Counter()
 
     @contextmanager

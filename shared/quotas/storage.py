@@ -6,7 +6,7 @@ lock until it commits. So two transactions of one user never count at the same t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -133,6 +133,20 @@ async def _count_retries(connection: AsyncConnection, user_id: str) -> int:
     return int(await connection.scalar(retries) or 0)
 
 
+async def _lock_and_check(
+    connection: AsyncConnection,
+    user_id: str,
+    defaults: UserQuotas,
+    quota: str,
+    count: Callable[[AsyncConnection, str], Awaitable[int]],
+) -> None:
+    await lock_user(connection, user_id)
+    quotas = await read_quotas(connection, user_id, defaults)
+    refusal = quotas.exceeded(quota, user_id, await count(connection, user_id))
+    if refusal is not None:
+        raise refusal
+
+
 async def lock_and_check_senders(
     connection: AsyncConnection, user_id: str, defaults: UserQuotas
 ) -> None:
@@ -141,11 +155,7 @@ async def lock_and_check_senders(
     Raises:
         ResourceExhausted: USER_SENDERS_EXCEEDED.
     """
-    await lock_user(connection, user_id)
-    quotas = await read_quotas(connection, user_id, defaults)
-    refusal = quotas.exceeded("senders", user_id, await _count_senders(connection, user_id))
-    if refusal is not None:
-        raise refusal
+    await _lock_and_check(connection, user_id, defaults, "senders", _count_senders)
 
 
 async def lock_and_check_webhooks(
@@ -156,11 +166,7 @@ async def lock_and_check_webhooks(
     Raises:
         ResourceExhausted: USER_WEBHOOKS_EXCEEDED.
     """
-    await lock_user(connection, user_id)
-    quotas = await read_quotas(connection, user_id, defaults)
-    refusal = quotas.exceeded("webhooks", user_id, await _count_webhooks(connection, user_id))
-    if refusal is not None:
-        raise refusal
+    await _lock_and_check(connection, user_id, defaults, "webhooks", _count_webhooks)
 
 
 async def check_suppressions(

@@ -1,6 +1,6 @@
 """Removes rows that are older than OUTBOX_RETENTION, a few at a time.
 
-The stats service runs it beside the fold of the counts: no caller and no mail waits for that
+The stats service runs it along with the fold of the counts: no caller and no mail waits for that
 process. `outbox purge` runs the same pass once.
 """
 

@@ -1,7 +1,7 @@
 """All SQL of retention: removes old rows in small transactions, and counts them beforehand.
 
 Every transaction holds one advisory lock, so that only one process removes rows at a time. The lock
-ends with the transaction, also when the process dies. Rows that another transaction has locked are
+ends with the transaction, even if the process dies. Rows that another transaction has locked are
 skipped, so nothing waits for a removal, and a removal waits for nothing.
 
 A finished job is removed with its attempts. The condition on its attempts matters if the batch was

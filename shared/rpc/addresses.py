@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.listening import check_listen_address
+from outbox_server.shared.listening import cannot_bind, check_listen_address
 
 
 def check_address(variable: str, listen: str) -> None:
@@ -35,7 +34,4 @@ async def bind(
         return server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         await server.stop(None)
-        raise ConfigurationError(
-            f"{variable}: {listen} cannot be bound: "
-            "another process uses it, or it is not an address of this machine"
-        ) from error
+        raise cannot_bind(variable, listen) from error

@@ -16,34 +16,33 @@ import grpc
 import structlog
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
-from structlog.contextvars import bind_contextvars
 
 from outbox_server.shared.callers import (
     Authenticator,
     Caller,
     CallerKind,
-    call_under_way,
     check_may_call,
     keep_place,
     leave_turn,
     set_current_caller,
 )
-from outbox_server.shared.errors import InvalidInput, Unavailable
+from outbox_server.shared.errors import InvalidInput, NotFound, Unavailable
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.quotas.in_flight import CallGroup, CallsInFlight
+from outbox_server.shared.rpc.call_log import CallLog, bind_ids
 from outbox_server.shared.rpc.common_fields import raise_completed
 from outbox_server.shared.rpc.decoding import Decoder
-from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
+from outbox_server.shared.rpc.errors import build_status, status_of
 from outbox_server.shared.rpc.field_limits import check_fields
 from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
 from outbox_server.shared.rpc.reads import check_may_change
+from outbox_server.shared.rpc.request_rates import RequestRates
 from outbox_server.shared.rpc.streams import (
     Decode,
     checked_stream,
     complete_stream,
     read_the_rest,
-    single_message,
     uninterrupted,
 )
 from outbox_server.shared.turns import Turns
@@ -56,11 +55,12 @@ DEFAULT_DEADLINE: Final = 30.0
 # The deadline of an upload, in seconds. A large upload takes long, but a caller that sends very
 # slowly must not hold a place for ever.
 UPLOAD_DEADLINE: Final = 3600.0
-# The most calls at once, of methods without places of their own. More calls would only wait for a
-# database connection, each with a request of up to 5 MiB. Waiting calls have no request in memory.
+# The maximum number of calls at once, of methods without places of their own. More calls would only
+# wait for a database connection, each with a request of up to 5 MiB. Waiting calls have no request
+# in memory.
 _CALLS: Final = 64
 _CALLS_WAITING: Final = 1_000
-# The most server streams at once. Each costs a task and a message, and lasts long.
+# The maximum number of server streams at once. Each costs a task and a message, and lasts long.
 _STREAMS: Final = 1_000
 # How long a stream lasts that begins while the server stops, in seconds.
 _LATE_STREAM_S: Final = 1.0
@@ -69,17 +69,11 @@ _LATE_STREAM_S: Final = 1.0
 # is published. Their calls are answered during a drain as well, do not delay it, and are logged at
 # level debug.
 _TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
-# The most of their calls at once, of one peer and of all peers. A health watch has no end. Calls
-# that end by themselves have as many places again. A gateway is one peer together with its clients,
-# so their watches must not take the places of its own health checks.
+# How many of these calls may run at once, of one peer and of all peers. A health watch has no end.
+# Calls that end by themselves have as many places of their own. A gateway is one peer together with
+# its clients, so their watches must not take the places of its own health checks.
 _TOOLING_PER_PEER: Final = 100
 _TOOLING_CALLS: Final = 1_000
-# Fields of requests that log lines have, by the names that they have there.
-_IDS: Final = {"batch_id": "batch_id", "email_job_id": "job_id"}
-_MAX_ID_DIGITS: Final = 19
-_REQUEST_ID: Final = "x-request-id"
-# The longest text of a caller in a log line. A user id has at most this length.
-_MAX_LOGGED: Final = 128
 _ANONYMOUS: Final = Caller(user_id=None, kind=CallerKind.LOCAL)
 
 # grpcio's classes are generic in their stubs only.
@@ -110,6 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._watches = FairShares("watches", _STREAMS)
         self._by_user = CallsInFlight()
         self._turns = Turns()
+        self._rates = RequestRates()
         self._checks, self._tooling_streams = (
             PeerPlaces(what, per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS)
             for what in ("health checks", "health watches and reflection calls")
@@ -120,7 +115,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._tracer = tracer
         self._decoder = Decoder()
         self._unknown = metrics.of(UNKNOWN_METHOD)
-        # By method, so that each method is wrapped once.
+        # The handlers by method, so that each method is wrapped once.
         self._handlers: dict[str, _Handler] = {}
         self._streams: set[asyncio.Timeout] = set()
         self._in_flight = 0
@@ -167,6 +162,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         streaming = handler.request_streaming
 
         async def answer_stream(request: Any, context: _Context) -> Any:
+            request = self._rates.limited(request)
             try:
                 messages = complete_stream(request, context, decode)
                 found = encode(await behaviour(messages, context))
@@ -183,12 +179,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 # Decode and encode here: grpc.aio would send the text of an error to the caller.
                 if streaming:
                     return await answer_stream(request, context)
-                message = await decode(await single_message(request, context))
+                message = await decode(await self._rates.single_message(request, context))
                 check_fields(message)
-                _bind_ids(message)
+                bind_ids(message)
                 try:
                     return encode(await behaviour(message, context))
-                except InvalidInput as error:
+                except (InvalidInput, NotFound) as error:
                     raise_completed(error, message)
 
             limit = UPLOAD_DEADLINE if streaming else self._default_deadline
@@ -222,12 +218,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answer(request: Any, context: _Context) -> None:
             async def work() -> None:
                 if streaming:
-                    return await stream(checked_stream(request, decode), context)
-                message = await decode(await single_message(request, context))
+                    messages = self._rates.limited(request)
+                    return await stream(checked_stream(messages, decode), context)
+                message = await decode(await self._rates.single_message(request, context))
                 check_fields(message)
                 try:
                     return await stream(message, context)
-                except InvalidInput as error:
+                except (InvalidInput, NotFound) as error:
                     raise_completed(error, message)
 
             await self._run(method, context, work, None, metrics=metrics, group=CallGroup.WATCHES)
@@ -251,7 +248,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         started = time.perf_counter()
         tooling = method.startswith(_TOOLING)
-        call = _CallLog(self._log, method, context, quiet=tooling)
+        call = CallLog(self._log, method, context, quiet=tooling)
         span = None
         if not tooling:
             self._begin()
@@ -285,7 +282,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         context: _Context,
         work: Callable[[], Awaitable[Any]],
         default_limit: float | None,
-        log: _CallLog,
+        log: CallLog,
         *,
         group: CallGroup,
     ) -> Any:
@@ -324,7 +321,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._streams.discard(limit)
 
     async def _authenticate(
-        self, method: str, context: _Context, log: _CallLog | None = None
+        self, method: str, context: _Context, log: CallLog | None = None
     ) -> Caller:
         if method.startswith(_TOOLING):
             return _ANONYMOUS
@@ -350,77 +347,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 class _DeadlineExceededError(Exception):
     """The deadline of the call has passed."""
-
-
-class _CallLog:
-    """Writes the log line of a call."""
-
-    def __init__(self, log: Any, method: str, context: _Context, *, quiet: bool) -> None:
-        self._log = log
-        self._method = method
-        self._peer = context.peer()  # not available any more when the caller has left
-        self._quiet = quiet
-        self._request_id = _request_id(context)
-        self._fields: dict[str, str] = {}
-        self.caller: Caller | None = None
-        self.code = grpc.StatusCode.OK.name
-
-    def failed(self, status: Status, error: BaseException) -> None:
-        """Record how the call failed, and log the trace of an unexpected error."""
-        info = error_info(status)
-        self.code = _NAMES[status.code]
-        self._fields["reason"] = info.reason
-        if info.reason == INTERNAL_REASON:
-            self._log.error(
-                "unexpected error",
-                method=self._method,
-                incident=info.metadata["incident"],
-                exc_info=error,
-            )
-
-    def write(self, seconds: float) -> None:
-        """Write the line, at level debug for health checks and reflection.
-
-        `user_id` is the user that the call acts for, `key_id` names the API key, and `x_request_id`
-        is the caller's own id in the metadata. The `request_id` of a batch is in the context.
-        """
-        call = call_under_way()
-        caller = self.caller
-        user = caller.user_id if caller else None
-        if call is not None and call.user_id:
-            user = call.user_id
-        known = {
-            "user_id": user,
-            "key_id": caller and caller.key_id,
-            "x_request_id": self._request_id,
-        }
-        (self._log.debug if self._quiet else self._log.info)(
-            "call",
-            method=loggable(self._method),
-            code=self.code,
-            milliseconds=round(seconds * 1000, 1),
-            peer=self._peer,
-            **{name: loggable(value) for name, value in known.items() if value},
-            **self._fields,
-        )
-
-
-_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
-
-
-def _request_id(context: _Context) -> str:
-    """Return the caller's own id of the call: `x-request-id` in the metadata; "" if none is set."""
-    for name, value in context.invocation_metadata() or ():
-        if name == _REQUEST_ID:
-            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
-    return ""
-
-
-def loggable(text: str) -> str:
-    """Return a text of a caller as log lines have it: shortened, without control characters."""
-    shown = text[:_MAX_LOGGED]
-    escaped = shown if shown.isprintable() else repr(shown)[1:-1]
-    return escaped if len(text) <= _MAX_LOGGED else f"{escaped}..."
 
 
 def _status_of_call(error: Exception, method: str, context: _Context) -> Status:
@@ -455,17 +381,6 @@ def _forget_frames(error: BaseException) -> None:
             forgotten.add(id(found))
             found.__traceback__ = None
             rest += [found.__cause__, found.__context__]
-
-
-def _bind_ids(message: Any) -> None:
-    """Let the log lines of the call have the ids that its request names.
-
-    Only texts that can be ids are logged. Each call runs in a task of its own.
-    """
-    for field, name in _IDS.items():
-        value = getattr(message, field, "")
-        if value and len(value) <= _MAX_ID_DIGITS and value.isdecimal():
-            bind_contextvars(**{name: int(value)})
 
 
 def _refuse_unknown_method(method: str, metrics: MethodMetrics) -> _Handler:

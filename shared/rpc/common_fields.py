@@ -14,7 +14,7 @@ from google.api.field_behavior_pb2 import FieldBehavior, field_behavior
 from google.protobuf.message import Message
 
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput, Violations
+from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import from_duration, from_timestamp, parse_id
 
@@ -33,18 +33,22 @@ _BY_TYPE: Final[Mapping[str, Callable[[Any, str], object]]] = {
 }
 
 
-def raise_completed(error: InvalidInput, request: Message) -> NoReturn:
+def raise_completed(error: InvalidInput | NotFound, request: Message) -> NoReturn:
     """Raise `error` with the violations that the common fields of the request have besides.
+
+    If there are any, they are raised instead of a NotFound: the id is not in the form of one.
 
     Only fields of the request itself are checked, not those of its resources and options.
 
     Raises:
-        InvalidInput: always, with the reason of `error`.
+        InvalidInput: with the reason of `error`, if that is one.
+        NotFound: `error` itself, if nothing else is wrong.
     """
     found = Violations()
     with found:
         raise error
-    named = {each.field.partition("[")[0] for each in error.violations}
+    violations = error.violations if isinstance(error, InvalidInput) else ()
+    named = {each.field.partition("[")[0] for each in violations}
     for field in request.DESCRIPTOR.fields:
         if field.name not in named:
             with found:

@@ -24,7 +24,7 @@ from outbox_server.shared.rpc.peers import peer_of
 
 # The time between two checks, in seconds. gRPC accepts some thousand connections in this time.
 _PAUSE_S: Final = 0.1
-# The least time between two log lines, so that a flood does not fill the log.
+# The minimum time between two log lines, so that a flood does not fill the log.
 _LOG_EVERY_S: Final = 10.0
 # Open files that a server keeps for its stores, mail servers, DNS, logs and libraries.
 _RESERVED_FILES: Final = 256
@@ -70,7 +70,7 @@ class ConnectionGuard:
         # The remote addresses of the connections at the last check.
         self._known: frozenset[Any] = frozenset()
         self._closed = 0
-        self._logged_at = -_LOG_EVERY_S
+        self._logged_at = self._failed_at = -_LOG_EVERY_S
         self._log = structlog.get_logger("outbox.connections")
 
     def start(self) -> None:
@@ -87,9 +87,13 @@ class ConnectionGuard:
         while True:
             # If fewer files are open, no peer can have too many connections. Reading the folder
             # takes a few microseconds, and so does reading each socket.
-            crowded = len(os.listdir(_FILES)) > self._per_peer  # noqa: PTH208 - names only
-            if crowded:
-                await asyncio.to_thread(self._look)
+            try:
+                crowded = len(os.listdir(_FILES)) > self._per_peer  # noqa: PTH208 - names only
+                if crowded:
+                    await asyncio.to_thread(self._look)
+            except OSError as error:
+                # Too many files are open, for example.
+                self._report_failure(error)
             await asyncio.sleep(_PAUSE_S)
 
     def _look(self) -> None:
@@ -110,6 +114,12 @@ class ConnectionGuard:
                 _shut_down(number, self._port, other_end)
             if beyond:
                 self._report(peer, len(beyond))
+
+    def _report_failure(self, error: OSError) -> None:
+        now = time.monotonic()
+        if now - self._failed_at >= _LOG_EVERY_S:
+            self._failed_at = now
+            self._log.warning("cannot check connections", error=str(error))
 
     def _report(self, peer: str, closed: int) -> None:
         self._closed += closed

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from outbox_server.shared.callers import next_part
 from outbox_server.shared.rpc.field_limits import FieldLimit, limit_of
 
 _Kind = TypeVar("_Kind", bound=Message)
@@ -24,8 +25,8 @@ AT_ONCE: Final = 16 * 1024
 # A part ends after this number of fields or bytes.
 _PART_FIELDS: Final = 500
 _PART_BYTES: Final = 64 * 1024
-# The most fields of a large message that are not entries of its lists. A message that sets a number
-# a million times would take a second.
+# The maximum number of fields of a large message that are not entries of its lists. A message that
+# sets a number a million times would take a second.
 _MOST_SINGLE: Final = 10_000
 # The types of fields on the wire.
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
@@ -35,7 +36,8 @@ _UNPACKED: Final = (
     FieldDescriptor.TYPE_BYTES,
     FieldDescriptor.TYPE_MESSAGE,
 )
-# The most bytes of a number, and of a tag or a size. A byte with this bit is followed by another.
+# The maximum number of bytes of a number, and of a tag or a size. A byte with this bit is followed
+# by another.
 _MAX_VARINT: Final = 10
 _MAX_SHORT: Final = 5
 _MORE: Final = 0x80
@@ -59,10 +61,11 @@ class Decoder:
         if len(data) <= AT_ONCE:
             return kind.FromString(data)
         message = kind()
-        await self._merge(message, data, "")
+        # A view, because copies of large parts take time as well.
+        await self._merge(message, memoryview(data), "")
         return message
 
-    async def _merge(self, message: Message, data: bytes, prefix: str) -> None:
+    async def _merge(self, message: Message, data: memoryview, prefix: str) -> None:
         """Merge the bytes into the message. `prefix` is the path of the message's fields."""
         fields = message.DESCRIPTOR.fields_by_number
         begun = at = count = single = 0
@@ -92,9 +95,11 @@ class Decoder:
                 begun, count = at, 0
         await self._part(message, data[begun:], prefix)
 
-    async def _part(self, message: Message, part: bytes, prefix: str) -> None:
+    async def _part(self, message: Message, part: memoryview, prefix: str) -> None:
+        await next_part()
         async with self._turn:
-            message.MergeFromString(part)
+            # It takes any bytes-like object. Only the part is copied.
+            message.MergeFromString(cast("bytes", part))
             await asyncio.sleep(0)
         for name, limit in _limits_of_lists(message.DESCRIPTOR).items():
             got = len(getattr(message, name))
@@ -102,7 +107,7 @@ class Decoder:
                 raise limit.error(f"{prefix}{name}", got, at_least=True)
 
 
-def _varint(data: bytes, at: int, most: int = _MAX_VARINT) -> tuple[int, int]:
+def _varint(data: memoryview, at: int, most: int = _MAX_VARINT) -> tuple[int, int]:
     """Return the number at a place, and the place after it."""
     if at < len(data) and data[at] < _MORE:
         return data[at], at + 1
@@ -116,7 +121,7 @@ def _varint(data: bytes, at: int, most: int = _MAX_VARINT) -> tuple[int, int]:
     raise DecodeError
 
 
-def _size(data: bytes, at: int, wire_type: int) -> tuple[int, int]:
+def _size(data: memoryview, at: int, wire_type: int) -> tuple[int, int]:
     """Return the size of a field, and the place where it begins."""
     if wire_type == _DELIMITED:
         return _varint(data, at, _MAX_SHORT)

@@ -32,7 +32,7 @@ class LimitUnit(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FieldLimit:
-    """The most that a field may have, and the error if it has more."""
+    """The maximum size of a field, and the error if it is larger."""
 
     most: int
     reason: str

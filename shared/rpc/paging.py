@@ -19,7 +19,7 @@ class ListRequest(Protocol):
 
     @property
     def page_size(self) -> int:
-        """The most results in one response; 0 means the default."""
+        """The maximum number of results in one response; 0 means the default."""
 
     @property
     def page_token(self) -> str:
@@ -66,8 +66,9 @@ def requested_page(
     """Return the page that a request asks for.
 
     `kind` is the name of the list. `filters` are all values that decide which rows it has, the user
-    included (see `digest_filters`). `start` is a position before the first row, and `largest` the
-    largest number that a position can have.
+    included (see `digest_filters`), but `filter` and `order_by`, which are read from the request.
+    `start` is a position before the first row, and `largest` the largest number that a position can
+    have.
 
     Raises:
         InvalidInput: PAGE_SIZE_INVALID; PAGE_TOKEN_INVALID: the token is not of this list with
@@ -75,9 +76,19 @@ def requested_page(
     """
     wrong = Violations()
     size = wrong.value(lambda: page_tokens.page_size(request.page_size), 0)
-    digest = page_tokens.digest_filters(*filters)
+    digest = page_tokens.digest_filters(*filters, *_later_filters(request))
     after = wrong.value(
         lambda: page_tokens.decode(request.page_token, kind, digest, start, largest=largest), start
     )
     wrong.raise_any()
     return Page(kind, digest, size, after)
+
+
+def _later_filters(request: ListRequest) -> list[tuple[str, str]]:
+    """Return the names and values of `filter` and `order_by` that are set.
+
+    Lists got these fields after their first release. An unset one is no part of the digest, so that
+    page tokens of releases without it remain valid.
+    """
+    found = ((name, getattr(request, name, "")) for name in ("filter", "order_by"))
+    return [(name, value) for name, value in found if value]

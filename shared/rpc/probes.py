@@ -8,7 +8,7 @@ of a server.
 - `liveness` is SERVING as long as the event loop runs. It depends on no store: a restart does not
   bring PostgreSQL back. A process whose loop hangs does not answer, and is restarted.
 - `readiness`, as the empty name, is what the service's own port says: SERVING while its stores
-  serve, and not any more after SIGTERM. Otherwise the trailing metadata say why.
+  serve, and no longer after SIGTERM. Otherwise the trailing metadata say why.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ READINESS: Final = "readiness"
 REASON_KEY: Final = "outbox-reason"
 
 _VARIABLE: Final = "OUTBOX_HEALTH_LISTEN"
-# The most connections at once, of all peers and of one. Further ones are closed. A kubelet opens
-# one for each probe; a load balancer keeps some open.
+# The maximum number of connections at once, of all peers and of one. Further ones are closed. A
+# kubelet opens one for each probe; a load balancer keeps some open.
 CONNECTIONS: Final = 200
 _CONNECTIONS_PER_PEER: Final = 8
-# The most calls of one connection, and of all connections, so that no peer can take all calls.
+# The maximum number of calls of one connection, and of all connections, so that no peer can take
+# all calls.
 _STREAMS: Final = 4
 _CALLS: Final = 100
 _OPTIONS: Final = (

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, Generic, TypeVar
 
-from outbox_server.shared.callers import current_claimant
+from outbox_server.shared.callers import current_claimant, next_part
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.fair_shares import Claimant
 from outbox_server.shared.loops import Loop
@@ -93,6 +93,8 @@ class Watch(Generic[T]):
         try:
             while True:
                 await watcher.changed.wait()
+                # All watchers of a key are woken at once.
+                await next_part()
                 watcher.changed.clear()
                 if watcher.found is not None:
                     yield watcher.found

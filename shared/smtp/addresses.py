@@ -9,7 +9,7 @@ from email_validator import EmailNotValidError, validate_email
 
 from outbox_server.shared.address_faults import address_fault
 
-# Without characters that could end the address or the command, or begin another address.
+# It has no character that could end the address or the command, or begin another address.
 _SAFE_ADDRESS: Final = re.compile(
     r'[^\s\x00-\x20\x7f()<>\[\]:;@\\,"]+@[^\s\x00-\x20\x7f()<>\[\]:;@\\,"]+'
 )

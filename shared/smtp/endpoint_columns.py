@@ -17,7 +17,7 @@ OAUTH2_CREDENTIALS_ID: Final = (
     .correlate(Sender)
     .scalar_subquery()
 )
-# For a statement that selects from Sender. The prefix distinguishes them from other columns.
+# Statements that select from Sender use these. The prefix tells them from other columns.
 ENDPOINT_COLUMNS: Final = (
     Sender.user_id.label("endpoint_user_id"),
     Sender.smtp_host.label("endpoint_host"),

@@ -1,8 +1,8 @@
 """Finds the rows that a batch's templates cannot render, before the batch is accepted.
 
-A template that only inserts columns can be rendered with every row: `shared.intake.rows` checks its
-subject, and `shared.intake.blocks` its size. Every other template is rendered with each row for
-which it is not proven that this succeeds.
+A template that only inserts columns can be rendered with every row: `shared.intake.row_checks`
+checks its subject, and `shared.intake.blocks` its size. Every other template is rendered with each
+row for which it is not proven that this succeeds.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from outbox_server.shared.templates.comparing import number_of
 # A subject with a longer cell may become too long.
 SHORT_CELL = 100
 # Limits of the proof that a row can be rendered.
-# The most characters of a row.
+# The maximum number of characters of a row.
 _SHORT_ROW: Final = 64 * 1024
 # The work of one filter, and the most work of a template, both counted in characters.
 _FILTER_COST: Final = 64
 _LITTLE_WORK: Final = 1024 * 1024
-# The most bytes that one character may become: four in UTF-8, and six characters when escaped.
+# The maximum number of bytes that one character may become: four in UTF-8, and six characters when
+# escaped.
 _MOST_GROWTH: Final = 24
 
 

@@ -13,9 +13,14 @@ from contextlib import suppress
 from functools import partial
 from typing import Final, NamedTuple, Self, TypeVar
 
-from outbox_server.shared.bounds import DISPLAY_NAME, MAX_ADDRESS, MAX_HEADER_TEMPLATE_BYTES
+from outbox_server.shared.bounds import (
+    DISPLAY_NAME,
+    MAX_ADDRESS,
+    MAX_HEADER_TEMPLATE_BYTES,
+    control_in,
+)
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.mail_headers import CONTROL, BadHeader, check_header, check_headers
+from outbox_server.shared.mail_headers import BadHeader, check_header, check_headers
 from outbox_server.shared.quoting import quoted
 from outbox_server.shared.smtp.addresses import envelope_address
 from outbox_server.shared.templates.source import (
@@ -159,10 +164,9 @@ class HeadTemplates:
         name = values.get(column, "").strip() if column else ""
         if not name:
             return ""
-        control = CONTROL.search(name)
         problem = ""
-        if control:
-            problem = f"contains a control character (U+{ord(control[0]):04X})"
+        if control := control_in(name):
+            problem = f"contains a control character ({control})"
         elif len(name) > DISPLAY_NAME.most:
             problem = f"must have at most {DISPLAY_NAME.most} characters (got {len(name):,})"
         if problem:
@@ -237,9 +241,8 @@ def _mailbox_of(text: str) -> Mailbox | None:
     """
     if not text:
         return None
-    control = CONTROL.search(text)
-    if control:
-        raise _bad_reply_to(f"cannot contain a control character (U+{ord(control[0]):04X})")
+    if control := control_in(text):
+        raise _bad_reply_to(f"cannot contain a control character ({control})")
     found = _MAILBOX.fullmatch(text)
     if found is None:
         return Mailbox("", _address(text))

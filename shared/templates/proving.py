@@ -46,6 +46,7 @@ from liquid.builtin.tags.unless_tag import UnlessNode
 
 from outbox_server.shared.message_size import utf8_size
 from outbox_server.shared.templates.source import RenderingProof
+from outbox_server.shared.templates.variables import BUILT_IN
 
 if TYPE_CHECKING:
     from liquid.ast import Node
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from liquid.context import RenderContext
     from liquid.expression import Expression
 
-_BUILT_IN: Final = frozenset({"now", "today"})
 # The text of `now`, or of one directive of a date.
 _CLOCK: Final = 32
 # Filters that turn an ASCII text into one that is not longer, and fail for no text; with the
@@ -70,7 +70,7 @@ _ARITHMETIC: Final = {
     **dict.fromkeys(("round", "ceil", "floor", "abs"), 0),
 }
 _MOST_STEPS: Final = 4
-# The most characters that one of them adds to a number.
+# The maximum number of characters that one of them adds to a number.
 _NUMBER: Final = 64
 _ORDERED: Final = (LtExpression, LeExpression, GtExpression, GeExpression)
 _NUMBERS: Final = (IntegerLiteral, FloatLiteral)
@@ -122,7 +122,7 @@ class _Proof:
             raise _NotProvableError
         filters = list(expression.filters or [])
         left = expression.left
-        if isinstance(left, Path) and _name_of(left) in _BUILT_IN:
+        if isinstance(left, Path) and _name_of(left) in BUILT_IN:
             self.uses += 1
             self.more += _CLOCK
             if filters and filters[0].name == "date":
@@ -181,7 +181,7 @@ class _Proof:
     def _value(self, expression: Expression) -> None:
         """Count the use of a column or a literal. The source's length covers literals."""
         if isinstance(expression, Path):
-            if _name_of(expression) in _BUILT_IN:
+            if _name_of(expression) in BUILT_IN:
                 raise _NotProvableError
             self.uses += 1
         elif not isinstance(expression, _LITERALS):

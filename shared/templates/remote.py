@@ -13,6 +13,7 @@ from cachetools import LRUCache
 from prometheus_client import CollectorRegistry
 
 from outbox_server.shared.errors import InvalidInput, ResourceExhausted, Unavailable, Violations
+from outbox_server.shared.reading_turns import given_back
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.batch import BatchTemplate, check_sizes, longest_of
 from outbox_server.shared.templates.checking import RowFailure
@@ -25,7 +26,7 @@ from outbox_server.shared.templates.workers import TooCostlyError, WorkerLostErr
 T = TypeVar("T")
 
 _MODULE: Final = "outbox_server.shared.mail.worker"
-# The most templates with mistakes that one error names.
+# The maximum number of templates with mistakes that one error names.
 _MOST_FAULTS: Final = 5
 # The longest wait for a worker and its answer.
 _PATIENCE: Final = timedelta(seconds=30)
@@ -38,7 +39,8 @@ _SPARE_BUDGETS: Final = 3
 # A job that renders rows ends after this time, so that other users' jobs do not wait for a whole
 # batch.
 _SECONDS_PER_JOB: Final = 0.1
-# The most rows and characters of a job. They are sent again if the job ends before its last row.
+# The maximum number of rows and characters of a job. They are sent again if the job ends before its
+# last row.
 _ROWS_PER_JOB: Final = 2_500
 _CHARACTERS_PER_JOB: Final = 1024 * 1024
 # A template with a shorter source is built in the event loop, which takes a millisecond.
@@ -354,7 +356,8 @@ class RemoteRows:
             self._waiting = waiting
             if self._closed:
                 waiting.cancel()
-        return waiting.result()
+        with given_back():
+            return waiting.result()
 
     def _spend(self, seconds: float) -> None:
         self._allowance -= seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from liquid.ast import ConditionalBlockNode
 from liquid.builtin.content import ContentNode
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _CONDITIONAL = (IfNode, UnlessNode, CaseNode, ConditionalBlockNode, MultiExpressionBlockNode)
 # The library provides these two if the row does not.
-_BUILT_IN = frozenset({"now", "today"})
+BUILT_IN: Final = frozenset({"now", "today"})
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Walk:
         names = names - scope - self._assigned
         self.needs.names |= names
         if required:
-            self.needs.required |= names - _BUILT_IN
+            self.needs.required |= names - BUILT_IN
 
     def _uses(self, expression: Expression, *, defaulted: bool) -> Iterator[tuple[str, bool]]:
         """Yield each variable of `expression`, and whether it has the `default` filter."""
@@ -145,7 +145,7 @@ def _placeholder(expression: Expression) -> Placeholder | None:
     if not isinstance(expression, FilteredExpression) or not isinstance(expression.left, Path):
         return None
     path = expression.left.path
-    if len(path) != 1 or not isinstance(path[0], str) or path[0] in _BUILT_IN:
+    if len(path) != 1 or not isinstance(path[0], str) or path[0] in BUILT_IN:
         return None
     if not expression.filters:
         return Placeholder(path[0], None)

@@ -23,9 +23,10 @@ from typing import Final, Self, TypeVar
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.fair_shares import Claimant, FairShares
-from outbox_server.shared.settings import Settings, format_duration
+from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.source import RenderError
 from outbox_server.shared.templates.wire import READY, WorkerReply, from_frame, length_of, to_frame
 
@@ -38,10 +39,10 @@ _START_LIMIT_S: Final = 30.0
 _JOB_LIMIT_S: Final = 60.0
 # Lower priority than the services: an expensive template slows down other templates first.
 _NICE: Final = 2
-# The most bytes of a reply besides a mail.
+# The maximum number of bytes of a reply besides a mail.
 _REPLY_BYTES: Final = 4 * 1024 * 1024
-# The most jobs that wait for a worker. Further jobs are refused, and a dispatcher tries them again
-# later.
+# The maximum number of jobs that wait for a worker. Further jobs are refused, and a dispatcher
+# tries them again later.
 _WAITING: Final = 4_096
 # It is longer than any caller waits, because callers have limits of their own.
 _WAIT_LIMIT: Final = timedelta(minutes=5)
@@ -378,10 +379,10 @@ def _spawn(command: Sequence[str], connection: socket.socket) -> subprocess.Pope
         stdin=connection.fileno(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # With a zone, so that `now` does not depend on that of the host.
+        # The zone is set, so that `now` does not depend on that of the host.
         env=kept | {"PYTHONPATH": path, "TZ": "UTC"},
         cwd="/",
-        # With its child it is a group, which ends as a whole.
+        # The process and its child are a group, which is ended as a whole.
         process_group=0,
     )
     with suppress(OSError):  # it has ended already

@@ -1,7 +1,7 @@
 """The tables. PostgreSQL is the source of truth: it stores every job and every attempt.
 
 The ids of senders, batches and jobs come from `shared.id_source`. Their sequences are left for the
-release before this one, which may run beside it.
+release before this one, which may run at the same time.
 
 Rows of `email_jobs` are narrow: `batches` stores what the jobs of a batch share, and only the CSV
 columns that the templates use are stored.

@@ -30,7 +30,7 @@ class JobEvent(Base):
 
     __tablename__ = "job_events"
 
-    # Of two events of one job, the later one has the larger id: it is drawn while the row of the
+    # The later of two events of one job has the larger id: it is drawn while the row of the
     # job is locked. Ids of other jobs may be committed in another order.
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     sender_id: Mapped[int] = mapped_column(BigInteger)

@@ -49,7 +49,7 @@ class Heartbeat(Base):
     beat_at: Mapped[datetime] = mapped_column(TIME)
     # The transaction that wrote the row. In a restored dump, another one has written it.
     written_by: Mapped[int] = mapped_column(BigInteger)
-    # Of the PostgreSQL cluster. NULL means that the role may not read it.
+    # The identifier of the PostgreSQL cluster. NULL means that the role may not read it.
     system_identifier: Mapped[int | None] = mapped_column(BigInteger)
     timeline: Mapped[int]
 

@@ -169,16 +169,32 @@ local function visit_user(user)
     if room_of(user) <= 0 and look and tonumber(look) <= NOW then park(owner, look) end
 end
 
+-- Parks a sender whose user has no room, without a visit: that follows once it is moved back.
+-- Returns false if it must be visited now.
+local function park_unread(sender, look)
+    if not next(limits) then return false end
+    local f = redis.call('HMGET', settings_of(sender), 'user', 'limit', 'life', 'sets')
+    if not f[1] or room_of(f[1]) > 0 or not is_known(sender, f[2], f[3], f[4]) then return false end
+    if redis.call('ZCOUNT', lease_of(sender), '-inf', NOW) > 0 then return false end
+    park({ id = sender, user = f[1] }, look)
+    return true
+end
+
 -- Almost every visit claims a job or moves the sender's look past NOW. The bound on visits is for
 -- those that do neither, such as many expired leases at once, or senders that are parked. A visit
 -- may change the looks of others, so the next sender is read after each.
 local function visit_due(most)
     for _ = 1, most do
         if taken >= want then return end
-        local sender = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, 1)[1]
+        local first = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
+        local sender = first[1]
         if not sender then return end
         local user = user_of(sender)
-        if user then visit_user(user) else visit(sender) end
+        if user then
+            visit_user(user)
+        elseif not park_unread(sender, first[2]) then
+            visit(sender)
+        end
     end
 end
 

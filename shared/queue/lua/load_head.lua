@@ -9,7 +9,7 @@
 --   sender, limit, gap (ms), flight, state (1 active)
 --   horizon        due ms of the last job loaded, or 'inf' if no more wait
 --   user           key of the user who owns it, or ''
---   limited        whether that user has limits that were set for it alone (load_user.lua)
+--   limited        whether that user has limits of its own (load_user.lua)
 --   endpoint       key of the endpoint that its mail goes to (circuit_keys.py)
 --   revision       of the sender, as text
 --   jobs           of the head, each as member, due ms

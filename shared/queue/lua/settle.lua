@@ -72,7 +72,7 @@ local function apply_contact(s, member, contact, before_mail)
     local backoff = backoffs[string.sub(contact, 1, 1)]
     if backoff then
         local cleared = failed(s, member, string.sub(contact, 2), backoff, before_mail)
-        if cleared and read_sender(cleared) then forget_troubles(sender_of(cleared)) end
+        if cleared and read_sender(cleared, true) then forget_troubles(sender_of(cleared)) end
     elseif contact ~= '' then
         answered(s)
         if contact == 'SENT' then speed_up(s) end

@@ -5,7 +5,7 @@
 --
 -- The endpoint `relay:<user>` is the operator's relay for the mail of one user. Its sends also
 -- need the circuit `relay`, which all users share. A failure counts for `relay` if it came before
--- MAIL: no mail can cause that. Every other failure counts for the user alone.
+-- MAIL: no mail can cause that. Every other failure counts only for the user.
 --
 -- While an endpoint's circuit is open, the senders that could send are in `waiters`, scored by the
 -- time since when they could. In `ready` they are scored for a periodic recheck, so that a loss of

@@ -6,7 +6,7 @@
 -- sender is stranded by a loss of these keys, or by a dispatcher that does not know them. They may
 -- be stale: a sender that was parked may have been visited since.
 
--- The most users whose parked senders one claim considers.
+-- The maximum number of users whose parked senders one claim considers.
 local MOST_USERS = 32
 
 local function park(s, look)
