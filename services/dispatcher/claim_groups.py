@@ -90,11 +90,14 @@ class ClaimGroups:
             slow = self._slots.wait(waiting, half - time.monotonic(), slots=0)
             self._metrics.waited(WaitCause.DISPATCHER, slow)
         self._slots.release(slots)
-        self._mark()
 
     def hand_over(self, number: int) -> None:
-        """Let claims that wait take over the slots of sends, and ask for their marks."""
-        self._slots.hand_over(number)
+        """Let claims that wait take over the slots of sends, and ask for the marks of all claims.
+
+        Called by the settler at the beginning of a turn.
+        """
+        if number:
+            self._slots.hand_over(number)
         self._mark()
 
     def _resume(self, queue: Queue, claim: Claim, claimed_at: float, permit: Permit | None) -> None:
@@ -105,10 +108,9 @@ class ClaimGroups:
             self._take(queue, TakenClaim(claim, claimed_at, permit))
 
     def _take(self, queue: Queue, taken: TakenClaim) -> None:
-        """Let a claim be marked with those that get their slots at the same time."""
-        if not self._ready:
-            asyncio.get_running_loop().call_soon(self._mark)
+        """Let a claim be marked in the next turn."""
         self._ready.setdefault((queue, taken.claim.life), []).append(taken)
+        self._settler.expect_mark(taken.claim)
 
     def _mark(self) -> None:
         ready, self._ready = self._ready, {}

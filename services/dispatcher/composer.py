@@ -172,7 +172,7 @@ class Composer:
                     self._batches[batch_id] = known
                     if isinstance(known.mail, _BatchMail) and known.mail.template is None:
                         self._workers.begin_start()
-            # So that the event loop does other work between two batches.
+            # Let the event loop do other work between two batches.
             await asyncio.sleep(0)
 
     def _known_revisions(self, batch_id: int) -> tuple[int, int]:
@@ -250,7 +250,7 @@ class Composer:
                     values = decode_variables(content.variable_names, job.variables)
                     now = datetime.now(UTC)
                     message = builder.build(job.recipient, values, message_id, now)
-                    # So that the event loop does other work between two mails.
+                    # Let the event loop do other work between two mails.
                     await asyncio.sleep(0)
             else:
                 message = await self._build_elsewhere(content, job, message_id, wait)

@@ -154,7 +154,7 @@ class Dispatcher:
 
     @property
     def in_flight(self) -> int:
-        """The number of slots in use: the most mails that may be in doubt after a crash."""
+        """The number of slots in use. After a crash, at most as many mails are in doubt."""
         return self._slots.in_flight
 
     @property
@@ -227,6 +227,9 @@ class Dispatcher:
 
     async def _dispatch(self, queue: Queue, listener: WakeListener) -> None:
         """Claim jobs of one shard as slots get free, until the dispatcher drains."""
+        # Until when a claim can bring only jobs of users who were limited in the last one, unless
+        # a message says that there are others (`time.monotonic`).
+        until = 0.0
         while True:
             slots = await self._slots.take_free()
             if self._slots.closed:
@@ -245,7 +248,13 @@ class Dispatcher:
                     listener.clear()
                     await listener.wait(_RETRY)
                     continue
+            news = listener.heard
             listener.clear()
+            left = until - time.monotonic()
+            if left > 0 and not (news or ahead or self._slots.limited_has_room(queue.shard)):
+                self._slots.release(slots)
+                await listener.wait(timedelta(seconds=left))
+                continue
             if self._loader.lives.is_superseded(queue):
                 self._slots.return_ahead(ahead)
                 self._slots.release(slots)
@@ -253,13 +262,14 @@ class Dispatcher:
                 continue
             claimed_at = time.monotonic()
             claimed = await self._claim(queue, slots + ahead)
-            # Not awaited, so that jobs that become eligible meanwhile do not wait.
+            # It is not awaited, so that jobs that become eligible meanwhile do not wait.
             self._load_heads(queue, claimed)
             self._loader.learn_routes(queue, (claim.sender_id for claim in claimed.claims))
             self._metrics.claimed(claimed.claims)
             self._groups.start(queue, claimed.claims, claimed_at, slots)
             self._slots.return_ahead(ahead)
             pause = self._pause_after(claimed, slots + ahead)
+            until = claimed_at + pause.total_seconds()
             if not (slots or pause):
                 # The next jobs are claimed as a group once some of these have a slot.
                 pause = _AHEAD_PAUSE
@@ -332,7 +342,7 @@ class Dispatcher:
             self._store_failed = True
         claimed_ms = claims[0].lease_ms - self._lease // _MS
         if any(due_ms > why.postgres_ms for due_ms in why.due.values()):
-            # So that Redis waits until the jobs are due by PostgreSQL's clock.
+            # Let Redis wait until the jobs are due by PostgreSQL's clock.
             queue.learn_clocks(claimed_ms, why.postgres_ms)
         if self._guard.hold is not None:
             # Otherwise each job of the heads, which were loaded before the hold, would be claimed.

@@ -14,8 +14,8 @@ from outbox_server.shared.states import ReplyClass
 
 # The length of an interval. Figures cover two: the present one and the one before.
 _INTERVAL_S: Final = 300.0
-# The most endpoints that one interval counts, in all and of one user. Others are left out until the
-# next interval.
+# The maximum number of endpoints that one interval counts, in all and of one user. Others are left
+# out until the next interval.
 _MOST: Final = 1_000
 _MOST_OF_USER: Final = 50
 _CLASSES: Final = max(ReplyClass) + 1

@@ -20,7 +20,8 @@ AHEAD: Final = timedelta(seconds=1)
 _PAUSE: Final = timedelta(milliseconds=500)
 # The pause while many senders have mail that is due soon.
 _SHORT_PAUSE: Final = timedelta(milliseconds=20)
-# The most senders of one part. It takes 1 ms of Redis, and 2 ms of PostgreSQL for 100 new batches.
+# The maximum number of senders of one part. It takes 1 ms of Redis, and 2 ms of PostgreSQL for 100
+# new batches.
 PART: Final = 250
 
 

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from outbox_server.shared.states import HoldReason
 
-# The least time between two heartbeats.
+# The minimum time between two heartbeats.
 BEAT: Final = timedelta(seconds=2)
 
 

@@ -3,40 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 import grpc
 import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
-from sqlalchemy.ext.asyncio import AsyncEngine
+from outbox.v1.dispatcher_service_pb2 import DrainDispatcherResponse
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.smtp import EndpointState, SmtpPool
 from outbox_server.services.dispatcher.storage.reports import LiveDispatcher, live_dispatchers
 from outbox_server.shared.database.audit_events import RecordedChange, record_change
+from outbox_server.shared.database.change_requests import (
+    RequestKey,
+    begin_request,
+    store_first_answer,
+)
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.database.ownership import bind_call
+from outbox_server.shared.errors import Violations
+from outbox_server.shared.filters.fields import Value
+from outbox_server.shared.filters.matching import selected
+from outbox_server.shared.filters.resources import (
+    DISPATCHER_FIELDS,
+    DISPATCHER_ORDERS,
+    checked_list,
+)
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import Circuit
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
-from outbox_server.shared.rpc.requested_changes import requested_change
+from outbox_server.shared.rpc.requested_changes import request_digest, requested_change, reused
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
-# How long the event of a drain may take, in seconds: sends in flight may end before.
+# How long a transaction about a drain may take, in seconds: sends in flight may end before.
 _RECORD_S: Final = 5.0
 _STATES: Final = {
     False: dispatcher_pb2.DISPATCHER_STATE_SERVING,
     True: dispatcher_pb2.DISPATCHER_STATE_DRAINING,
+}
+# The values that a filter of ListDispatchers compares.
+_VALUES: Final[Mapping[str, Callable[[LiveDispatcher], Value]]] = {
+    "dispatcher_id": lambda one: one.report.dispatcher_id,
+    "state": lambda one: _STATES[one.report.draining],
+    "in_flight_count": lambda one: one.report.in_flight,
+    "concurrency": lambda one: one.report.concurrency,
+    "oldest_lease_time": lambda one: one.oldest_lease_at,
+    "start_time": lambda one: one.started_at,
+    "report_time": lambda one: one.seen_at,
 }
 
 
@@ -82,20 +109,33 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         context: grpc.aio.ServicerContext[object, object],
     ) -> dispatcher_service_pb2.ListDispatchersResponse:
         """Return the dispatchers that run."""
+        wrong = Violations()
+        tree, descending = checked_list(request, DISPATCHER_FIELDS, DISPATCHER_ORDERS, wrong)
+        wrong.raise_any()
         bind_call(None)
         async with self._engine.connect() as connection:
-            found = await live_dispatchers(connection)
+            found = selected(await live_dispatchers(connection), tree, _VALUES)
         return dispatcher_service_pb2.ListDispatchersResponse(
-            dispatchers=[_to_dispatcher(one) for one in found]
+            dispatchers=map(_to_dispatcher, reversed(found) if descending else found)
         )
 
     async def DrainDispatcher(
         self,
         request: dispatcher_service_pb2.DrainDispatcherRequest,
         context: grpc.aio.ServicerContext[object, object],
-    ) -> dispatcher_service_pb2.DrainDispatcherResponse:
+    ) -> DrainDispatcherResponse:
         """Take no more jobs, and return when no job is in flight."""
         change = requested_change(request)
+        key = RequestKey(None, request.request_id)
+        if key.request_id:
+            digest = request_digest(request, b"", self._id)
+            begin = partial(begin_request, key=key, digest=digest)
+            # Limited by the deadline of the call, and by the limits of each statement.
+            earlier = await self._in_transaction(begin, limit=None)
+            if earlier is not None and earlier.digest != digest:
+                raise reused(key.request_id)
+            if earlier is not None and earlier.answer is not None:
+                return DrainDispatcherResponse.FromString(earlier.answer)
         begins = not self._dispatcher.draining
         self._on_drain()
         if begins:
@@ -104,13 +144,30 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         given_back = await self._dispatcher.drain()
         if self._recording is not None:
             await asyncio.shield(self._recording)
-        return dispatcher_service_pb2.DrainDispatcherResponse(
-            status=await self._status(), given_back_count=given_back
-        )
+        answer = DrainDispatcherResponse(status=await self._status(), given_back_count=given_back)
+        return await self._first_answer(key, answer) if key.request_id else answer
+
+    async def _first_answer(
+        self, key: RequestKey, answer: DrainDispatcherResponse
+    ) -> DrainDispatcherResponse:
+        """Store the answer, unless a call with the same id was faster. Return the stored one."""
+        store = partial(store_first_answer, key=key, answer=answer.SerializeToString())
+        try:
+            return DrainDispatcherResponse.FromString(await self._in_transaction(store))
+        except DATABASE_ERRORS as error:
+            # The dispatcher is drained. A repeated call will drain it again, which changes nothing.
+            _log.warning("drain_answer_not_stored", error=type(error).__name__)
+            return answer
+
+    async def _in_transaction(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], limit: float | None = _RECORD_S
+    ) -> T:
+        bind_call(None)
+        async with asyncio.timeout(limit), self._engine.begin() as connection:
+            return await work(connection)
 
     async def _record(self, change: RecordedChange) -> None:
         """Write the event of a drain to the audit log, unless PostgreSQL cannot be reached."""
-        bind_call(None)
         event = replace(
             change,
             target=f"dispatchers/{self._id}",
@@ -118,8 +175,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
             after={"state": "DRAINING"},
         )
         try:
-            async with asyncio.timeout(_RECORD_S), self._engine.begin() as connection:
-                await record_change(connection, event)
+            await self._in_transaction(partial(record_change, change=event))
         except DATABASE_ERRORS as error:
             _log.warning(
                 "drain_not_recorded",

@@ -53,9 +53,10 @@ from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.queue.records import Claim, Settlement
 
 _RETRY_S = 0.2
-# How long a group waits for the outcomes of sends that began lately, and which part of all slots is
-# enough. Of few slots nearly all: each group costs a fixed sum, so two halves cost twice as much.
+# How long a group waits for the outcomes of sends that began lately.
 _PATIENCE_S = 0.002
+# A group that has this part of all slots does not wait. With few slots, the part is larger: each
+# group has a fixed cost, so two small groups cost nearly twice as much as one.
 _ENOUGH = 0.8
 _ENOUGH_OF_MANY = 0.5
 _MANY_SLOTS = 20
@@ -103,10 +104,10 @@ class Settler:
         """Set up a settler.
 
         `lease` is that of the claims, and `seen` the number of the newest heartbeat seen.
-        `hand_over` is called with the number of mails that ended, before a statement records them.
-        The same statement marks the claims for which it calls `mark`. `confirmed_at` returns since
-        when no change of the settings can be unknown here. `dispatcher` returns the number of this
-        process; None while it is unknown.
+        `hand_over` is called at the beginning of a turn, with the number of mails that ended and
+        will be recorded. The same statement marks the claims for which it calls `mark`.
+        `confirmed_at` returns since when no change of the settings can be unknown here.
+        `dispatcher` returns the number of this process; None while it is unknown.
         """
         self._dispatcher = dispatcher
         self._lease = lease
@@ -126,7 +127,7 @@ class Settler:
         self._slots = slots
         self._pending: list[ClaimOutcome] = []
         self._marks: list[_MarkRequest] = []
-        # Whether one of them became eligible just now.
+        # Whether the mail of one of these claims became eligible just now.
         self._fresh = False
         self._arrived = asyncio.Event()
         # The jobs whose sends began lately and have not ended, and when they began, oldest first.
@@ -154,11 +155,16 @@ class Settler:
         """
         request = _MarkRequest(queue, claims, asyncio.get_running_loop().create_future())
         self._marks.append(request)
+        for claim in claims:
+            self.expect_mark(claim)
+        return request.marked
+
+    def expect_mark(self, claim: Claim) -> None:
+        """Begin a turn soon: in `hand_over`, it will be asked to mark this claim."""
         self._arrived.set()
-        if any(claim.waited < _FRESH for claim in claims):
+        if claim.waited < _FRESH:
             self._fresh = True
             self._complete.set()
-        return request.marked
 
     def begin(self, jobs: Iterable[JobRef]) -> None:
         """Note which sends begin now: the outcomes of those that end soon are recorded together."""
@@ -166,7 +172,7 @@ class Settler:
         self._begun |= dict.fromkeys(jobs, now)
 
     def follow(self, successor: HeadLoader) -> None:
-        """Settle in this key space too from now on, and what it may have missed."""
+        """Settle in this later key space too from now on, and pass on what it may have missed."""
         self._successors.append(successor)
         self._new_successors.append(successor)
         self._arrived.set()
@@ -212,8 +218,7 @@ class Settler:
     async def _take_turn(self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup) -> None:
         """Record a group, and mark what was claimed."""
         plain = [outcome for outcome in group if _is_plain(outcome)]
-        if plain:
-            self._hand_over(len(plain))
+        self._hand_over(len(plain))
         requests = self._next_marks()
         if requests and await self._settle_and_mark(plain, requests, tasks):
             group = [outcome for outcome in group if not _is_plain(outcome)]
@@ -408,7 +413,7 @@ class Settler:
             shard = loader.queue_of(settlement.sender_id).shard
             by_queue.setdefault(shard, []).append(settlement)
             unknown = isinstance(outcome, UnmarkedClaim) and outcome.unknown
-            # Without a marker, also for a sender that does not exist: if this process dies, the
+            # Without a marker, even for a sender that does not exist: if this process dies, the
             # lease expires, which causes a load.
             if unknown or is_stale(outcome, recorded.dues) or may_have_cooled(outcome, settlement):
                 stale.add(settlement.sender_id)

@@ -12,7 +12,7 @@ user can name any number of servers that never reply. So
 
 What is known about an endpoint is known for one user and one account (`shared.queue.circuit_keys`),
 so no user can make another user's endpoint slow. The operator's relay counts as quick until the
-mail of a user is slow there. It is slow for that user alone.
+mail of a user is slow there. It is slow only for that user.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RESERVED_PART: Final = 5
 _REMEMBERED_S: Final = 60.0
 _MAX_ENDPOINTS: Final = 10_000
 _MAX_USERS: Final = 10_000
-# The most relay keys that `relay_keys` returns: their circuits are read at once.
+# The maximum number of relay keys that `relay_keys` returns: their circuits are read at once.
 _MOST_RELAY_KEYS: Final = 500
 
 
@@ -112,11 +112,12 @@ class Shares:
         """`unproven` is the quota of users without an override."""
         self._total = total
         reserved = _reserved(total)
-        # The most permits of one user, and of all users at slow endpoints.
+        # The maximum number of permits of one user, and of all users at slow endpoints.
         self.share = total - reserved
         # The number of reserved permits that slow endpoints may have.
         self._lent = reserved // 2
-        # The most permits of a user at slow endpoints, and at one of several endpoints.
+        # The maximum number of permits of a user at slow endpoints, and at one of several
+        # endpoints.
         self._part = self.share - _reserved(self.share)
         self._unproven = unproven
         # The quotas of users with an override, by user.

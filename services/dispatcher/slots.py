@@ -9,12 +9,12 @@ slot. They have a lease in Redis and are still SCHEDULED in PostgreSQL, and othe
 slots. A sender with a gap has one claim at a time, so at most one of its jobs waits here.
 
 While sends end quickly, a claim also takes jobs ahead, for the slots that will be free next. They
-wait in the same way: PostgreSQL knows nothing of them, and their leases in Redis are short waits.
-As soon as sends end, they take over the slots, in the statement that records the ends.
+wait in the same way, but briefly. Only Redis has their leases; PostgreSQL knows nothing of them. As
+soon as sends end, they take over the slots, in the statement that records the ends.
 
-A user who has a share, or for whom many claims wait, is named in the next claim (`limits`), so that
-the queue gives the slots that are left to other users. Where a user has many senders with due mail,
-they wait in the queue, and not here.
+A user who has its share, or for whom many claims wait, is limited in the next claim (`limits`), so
+that the queue gives the slots that are left to other users. If a user has many senders with due
+mail, they wait in the queue, and not here.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ from outbox_server.shared.queue.user_limits import UserLimit
 # The routes of at most this many senders are remembered. The job of any other sender is marked
 # before its route is known.
 _MAX_SENDERS: Final = 100_000
-# The most claims that wait for a permit. They are few because each free slot is offered to all of
-# them.
+# The maximum number of claims that wait for a permit. They are few because each free slot is
+# offered to all of them.
 MAX_WAITING: Final = 1_000
 # The same for one user.
 MAX_WAITING_OF_USER: Final = 250
 # Jobs are claimed ahead for as many sends as ended within this time, so they wait about as long.
 _AHEAD_S: Final = 0.05
-# The most jobs claimed ahead per slot. While one group gets its slots, the next one is claimed.
+# The maximum number of jobs claimed ahead per slot. While one group gets its slots, the next one is
+# claimed.
 _AHEAD_PER_SLOT: Final = 2
 # Jobs are claimed ahead when this share of that number is free, because each claim has a fixed
 # cost.
-_LEAST_PART_AHEAD: Final = 0.25
-# A user who had this part of an equal share of the last permits comes after the others. The last
-# permits are this many per slot, and at most so many in all.
+_LEAST_PART_AHEAD: Final = 0.4
+# A user who got this part of an equal share of the last permits comes after other users.
 _ENOUGH_LATELY: Final = 0.75
+# How many permits count as the last ones: this many per slot, and at most the second number.
 _LATELY_PER_SLOT: Final = 20
 _MOST_LATELY: Final = 200
 # Jobs claimed ahead return to the queue after this time, if sends take longer than before.
@@ -240,10 +241,12 @@ class Slots:
         """Return whether a claim could bring jobs of a user who was limited in the last one."""
         if self._ahead_room():
             return True
+        return self._in_flight < self._total and any(map(self.limited_has_room, self._limited))
+
+    def limited_has_room(self, shard: int) -> bool:
+        """Return whether a user limited in the last claim of a shard has less than its share."""
         share = self._shares.share
-        return self._in_flight < self._total and any(
-            self._shares.user(key).held < share for users in self._limited.values() for key in users
-        )
+        return any(self._shares.user(key).held < share for key in self._limited.get(shard, ()))
 
     def close(self) -> None:
         """Give out no more slots, and end all waits without a permit."""
@@ -260,7 +263,7 @@ class Slots:
     # Users -----------------------------------------------------------------------------------
 
     def limits(self, want: int) -> list[UserLimit]:
-        """Return the users of whom a claim of `want` jobs may not take that many.
+        """Return the limits of the users from whom a claim of `want` jobs may take fewer.
 
         A user may also have its share of the jobs that `take_ahead` returned.
         """
@@ -277,12 +280,12 @@ class Slots:
         return found
 
     def _served_lately(self) -> set[str]:
-        """Return the users who had their part of the last permits. Other users come before them.
+        """Return the users who got their part of the last permits. Other users come before them.
 
-        Their mail may have waited longer than that of others, until their whole backlog is sent.
-        While one user alone has permits, the reserve is for the others. In every second claim, a
-        single permit counts as a part: of many users, there is always one who had a little less
-        than the others.
+        Otherwise a user whose backlog has waited longest would come first until all of it is sent.
+        If one user alone got permits, nobody is returned: the reserve is for the others. In every
+        second claim, a single permit counts as a part, because among many users there is always one
+        who got a little less than the others.
         """
         if len(self._lately) == 1 and self._total > 1:
             return set()

@@ -19,7 +19,7 @@ def begin_span(tracer: Tracer, parent: str | None, job: MarkedJob) -> SendSpan |
     return tracer.begin_send(
         parent,
         {
-            # As text, because viewers in JavaScript would round them.
+            # Ids are text, because viewers in JavaScript would round numbers.
             "job_id": str(job.job.job_id),
             "batch_id": str(job.batch_id),
             "sender_id": str(job.sender_id),

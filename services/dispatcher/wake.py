@@ -28,10 +28,21 @@ class WakeListener:
         self._channel = channel
         self._departures = departures
         self._event = asyncio.Event()
+        self._heard = True
+
+    @property
+    def heard(self) -> bool:
+        """Whether a message has come, or a wait was over, since the last `clear`."""
+        return self._heard
 
     def clear(self) -> None:
         """Forget earlier wake-ups. Called before each claim."""
         self._event.clear()
+        self._heard = False
+
+    def _hear(self) -> None:
+        self._heard = True
+        self._event.set()
 
     def wake(self) -> None:
         """Wake the dispatcher from within the process."""
@@ -40,7 +51,7 @@ class WakeListener:
     async def wait(self, limit: timedelta) -> None:
         """Wait for the next wake-up, but no longer than `limit`."""
         # Without a task of its own, unlike `asyncio.wait_for`: each group of mails waits here.
-        timer = asyncio.get_running_loop().call_later(limit.total_seconds(), self._event.set)
+        timer = asyncio.get_running_loop().call_later(limit.total_seconds(), self._hear)
         try:
             await self._event.wait()
         finally:
@@ -55,10 +66,10 @@ class WakeListener:
             async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
                 await pubsub.subscribe(self._channel)
                 # Messages may have been missed before the subscription, so wake once.
-                self._event.set()
+                self._hear()
                 before = self._departures()
                 while self._departures() == before:
                     if await pubsub.get_message(timeout=_CHECK_S):
-                        self._event.set()
+                        self._hear()
                     raise_if_cancelled()
         return _RETRY

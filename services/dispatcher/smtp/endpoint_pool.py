@@ -50,7 +50,7 @@ class PoolRules:
 class EndpointPool:
     """Gives out connections and places for new ones, at most `cap` at once.
 
-    A connection keeps its place until it is closed, also while it is idle or ends by QUIT. `spawn`
+    A connection keeps its place until it is closed, even while it is idle or ends by QUIT. `spawn`
     runs a coroutine in the background. `clock` returns seconds.
     """
 

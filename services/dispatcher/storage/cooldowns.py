@@ -33,7 +33,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.models import Attempt, Cooldown, Sender
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
-# The most attempts that are read to find refusals in a row. Most may be of other classes.
+# The maximum number of attempts that are read to find refusals in a row. Most may be of other
+# classes.
 _MAX_ATTEMPTS_READ = 1_000
 _SOON = timedelta(milliseconds=1)
 

@@ -169,7 +169,7 @@ def marking(first: CTE | None = None) -> CTE:
     begins: ColumnElement[bool] = true()
     if first is not None:
         number = select(func.count()).select_from(first).scalar_subquery()
-        # So that this part is executed after `first`.
+        # Refer to `first`, so that this part is executed after it.
         begins = number >= 0
     life = _valid_life.where(begins).with_for_update(read=True, key_share=True).cte("life")
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)

@@ -109,7 +109,7 @@ async def live_dispatchers(connection: AsyncConnection) -> Sequence[LiveDispatch
             DispatcherRow.oldest_lease_at,
         )
         .where(DispatcherRow.seen_at > func.now() - LIVE_FOR, DispatcherRow.stopped_at.is_(None))
-        .order_by(DispatcherRow.id)
+        .order_by(DispatcherRow.started_at, DispatcherRow.id)
         .limit(_MOST_LISTED)
     )
     return [
