@@ -6,26 +6,35 @@ got lost finds the answer of the first one, and no change is without its event.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.storage import changes as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
-from outbox_server.services.scheduler.storage.changes import RequestKey, StoredRequest
+from outbox_server.shared.database import change_requests as storage
 from outbox_server.shared.database.audit_events import RecordedChange, record_changes
-from outbox_server.shared.errors import Aborted, AlreadyExists
+from outbox_server.shared.database.change_requests import RequestKey, StoredRequest
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.errors import Aborted, OutboxError
 from outbox_server.shared.intake.addresses import folded_key
-from outbox_server.shared.rpc.requested_changes import requested_change
+from outbox_server.shared.rpc.requested_changes import request_digest, requested_change, reused
 from outbox_server.shared.secrets import SecretBox
 
 M = TypeVar("M", bound=Message)
 
 _PURPOSE: Final = b"outbox change requests"
+# The first and the longest pause between two looks for the answer of another call, in seconds. They
+# get longer, so that many calls with one id cost little.
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 1.0
+# How long the request of a call that failed may take to be forgotten, in seconds.
+_FORGET_S: Final = 2.0
 
 
 class ChangeMessage(Protocol):
@@ -153,29 +162,28 @@ class Changes:
     ) -> M:
         """Run `change`, which has transactions of its own.
 
-        It records its parts by `record_part`, or is recorded when it has ended. If the process dies
-        within it, a repeated call makes the rest. With `repeatable` False, that would do harm: the
-        request is stored before the change, and a repeated call is refused unless the first one has
-        been answered.
+        It records its parts by `record_part`, or is recorded when it has ended. The request is
+        stored before the change, so that calls at the same time wait for the first one. If the
+        process dies within it, a repeated call makes the rest. With `repeatable` False, that would
+        do harm: a repeated call is refused then.
 
         Raises:
             AlreadyExists, InvalidInput: as `make`.
-            Aborted: the first call was interrupted, or is in progress (CHANGE_INTERRUPTED).
+            Aborted: the first call was interrupted, or takes long (CHANGE_INTERRUPTED).
         """
         asked = self.ask(request, user_id)
         key = asked.key
         if key.request_id:
-            earlier = await in_transaction(
-                self._engine,
-                lambda connection: (
-                    storage.find_request(connection, key)
-                    if repeatable
-                    else storage.begin_request(connection, key, asked.digest)
-                ),
-            )
-            if earlier is not None:
+            earlier = await self._earlier(asked)
+            if earlier is not None and not (repeatable and earlier.answer is None):
                 return replayed(earlier, asked, answer)
-        made = await change()
+        try:
+            made = await change()
+        except (OutboxError, asyncio.CancelledError, *DATABASE_ERRORS):
+            if key.request_id and repeatable:
+                # It may be made again at once, even with other content.
+                await asyncio.shield(self._forget(asked))
+            raise
 
         async def store(connection: AsyncConnection) -> M:
             # This change is recorded even if another call with the same id was faster.
@@ -189,6 +197,32 @@ class Changes:
         stored = await in_transaction(self._engine, store)
         await made.afterwards()
         return stored
+
+    async def _earlier(self, asked: AskedChange) -> StoredRequest | None:
+        """Store the request, and return None; or return an earlier one with this id.
+
+        If the earlier one is in progress, wait for its answer. It has none if it was interrupted.
+
+        Raises:
+            AlreadyExists: it is another request (REQUEST_ID_REUSED).
+        """
+        pause = _FIRST_PAUSE_S
+        while True:
+            earlier = await in_transaction(
+                self._engine, partial(storage.begin_request, key=asked.key, digest=asked.digest)
+            )
+            if earlier is not None and earlier.digest != asked.digest:
+                raise reused(asked.key.request_id)
+            if earlier is None or earlier.answer is not None or not earlier.recent:
+                return earlier
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def _forget(self, asked: AskedChange) -> None:
+        forget = partial(storage.forget_unanswered, key=asked.key, digest=asked.digest)
+        with suppress(*DATABASE_ERRORS):
+            async with asyncio.timeout(_FORGET_S):
+                await in_transaction(self._engine, forget)
 
     async def remember(self, asked: AskedChange, made: Made[M], answer: type[M]) -> M:
         """Store the request of a change that was made and recorded. Return its answer.
@@ -219,18 +253,13 @@ class Changes:
         """
         change = requested_change(request)
         key = RequestKey(user_id, getattr(request, "request_id", ""))
-        return AskedChange(key, self._digest(request, validate_only=validate_only), change)
-
-    def _digest(self, request: Message, *, validate_only: bool = False) -> bytes:
-        name = request.DESCRIPTOR.full_name.encode()
         if validate_only:
             # The digest is that of the call that would make the change.
             copy = type(request)()
             copy.CopyFrom(request)
             copy.ClearField("validate_only")
             request = copy
-        content = request.SerializeToString(deterministic=True)
-        return blake2b(name + b"\0" + content, key=self._key, digest_size=32).digest()
+        return AskedChange(key, request_digest(request, self._key), change)
 
 
 def check_etag(given: str, present: str, target: str) -> None:
@@ -282,11 +311,7 @@ def replayed(earlier: StoredRequest, asked: AskedChange, answer: type[M]) -> M:
     """
     key = asked.key
     if earlier.digest != asked.digest:
-        raise AlreadyExists(
-            f"request_id {key.request_id!r} was used for another request; use a new one",
-            reason="REQUEST_ID_REUSED",
-            metadata={"request_id": key.request_id},
-        )
+        raise reused(key.request_id)
     if earlier.answer is None:
         raise Aborted(
             f"an earlier call with the request_id {key.request_id!r} is in progress, or was "
@@ -300,8 +325,8 @@ def replayed(earlier: StoredRequest, asked: AskedChange, answer: type[M]) -> M:
 async def _begin_and_store(
     connection: AsyncConnection, asked: AskedChange, made: Made[M], answer: type[M]
 ) -> M:
-    earlier = await storage.begin_request(connection, asked.key, asked.digest)
-    if earlier is not None:
+    earlier = await storage.begin_request(connection, asked.key, asked.digest, lock=True)
+    if earlier is not None and (earlier.answer is not None or earlier.digest != asked.digest):
         return replayed(earlier, asked, answer)
     await _store(connection, asked.key, made)
     return made.answer

@@ -46,7 +46,7 @@ class Schedule:
         self._place = 0
         self.last_due: datetime | None = None
 
-    def times(self, rows: Sequence[JobRow]) -> Iterable[str]:
+    def times(self, rows: Sequence[JobRow]) -> list[str]:
         """Return (scheduled_at, expires_at) of the next rows, in COPY's format.
 
         For a spread batch it is (place, scheduled_at, expires_at): either the place or both times

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +14,7 @@ from outbox_server.services.scheduler.storage.changes import forget_address
 from outbox_server.services.scheduler.storage.erasing import ReadRejection
 from outbox_server.services.scheduler.storage.suppressions import SuppressionRecord
 from outbox_server.services.scheduler.suppressing import end_rest
+from outbox_server.shared.callers import next_part
 from outbox_server.shared.database.audit_events import erase_changes
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.intake.addresses import folded_key
@@ -90,7 +90,7 @@ async def _with_address(read: Sequence[ReadRejection], address: str) -> list[Rea
     for compared in range(0, len(read), _COMPARED_AT_ONCE):
         some = read[compared : compared + _COMPARED_AT_ONCE]
         found += [one for one in some if contains_address(one.detail, address)]
-        await asyncio.sleep(0)
+        await next_part()
     return found
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.limits import Limits
 from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.database.frequent import KeptConnections
@@ -73,13 +74,14 @@ class QuickForecaster:
 
     def __init__(self, engine: AsyncEngine, rules: Rules) -> None:
         """`engine` runs each statement as its own transaction (`single_statements`)."""
-        self._kept = KeptConnections(engine)
+        # Two rounds may run at the same time.
+        self._kept = KeptConnections(engine, kept=2)
         self._rules = rules
         self._backlogs = Coalesced(self._read)
 
     def begin(self, batch: BatchRecord) -> asyncio.Future[QuickBacklog | None]:
         """Begin to read what the forecast of a new batch needs. Do not cancel the future."""
-        return self._backlogs.begin(batch.sender_id)
+        return self._backlogs.begin(batch.sender_id, current_claimant())
 
     async def end(
         self, batch: BatchRecord, reading: asyncio.Future[QuickBacklog | None]

@@ -26,11 +26,11 @@ from outbox_server.shared.loops import Loop
 
 # How long a repeated request is recognised.
 REQUESTS_KEPT: Final = timedelta(hours=24)
-# The most requests that are kept of one user. A user that makes more changes within a day loses the
-# oldest requests sooner.
+# The maximum number of requests that are kept of one user. A user that makes more changes within a
+# day loses the oldest requests sooner.
 _MOST_REQUESTS: Final = 10_000
-# The most events that are kept of one actor about the data of one user: this many accepted batches,
-# and as many other changes.
+# The maximum number of events that are kept of one actor about the data of one user: this many
+# accepted batches, and as many other changes.
 _MOST_EVENTS: Final = 100_000
 # The number of rows that one transaction removes.
 _CHUNK: Final = 1_000

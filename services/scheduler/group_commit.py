@@ -3,6 +3,8 @@
 A commit waits for the disk, and most statements cost the same for one batch as for ten. So a group
 is faster than its batches one by one, and a call that arrives alone waits for no other.
 
+`group_queue` decides which calls form a group. Two groups may be written at the same time.
+
 Each call of a group has its own result. An error that concerns one call alone (its quota, its
 request_id) fails only that call. If the transaction fails, no call of the group has been accepted,
 and each of them is stored alone, so that only the faulty ones fail.
@@ -11,7 +13,6 @@ and each of them is stored alone, so that only the faulty ones fail.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Final
 import structlog
 
 from outbox_server.services.scheduler.copy_format import Schedule, job_values
+from outbox_server.services.scheduler.group_queue import GroupQueue
 from outbox_server.services.scheduler.small_batches import SmallBatch
 from outbox_server.services.scheduler.storage.batches import BatchRecord, accepted_change
 from outbox_server.services.scheduler.storage.checking import unstored_batch
@@ -32,7 +34,7 @@ from outbox_server.services.scheduler.storage.group_intake import (
     LockedSender,
     OpenJobs,
 )
-from outbox_server.services.scheduler.storage.intake import (
+from outbox_server.services.scheduler.storage.new_batches import (
     BegunBatch,
     IntakeCounts,
     IntakeSender,
@@ -48,15 +50,12 @@ from outbox_server.shared.queue.records import NewJobs
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import SuppressionForm
 
-# The most batches and rows of a group, so that its transaction is short.
-_MOST_BATCHES: Final = 64
-_MOST_ROWS: Final = 1_000
-# The most batches of one claimant while others call as well, and for how long after, in seconds:
-# each call waits for the group before its own.
-_MOST_BESIDE_OTHERS: Final = 16
-_COMPANY_S: Final = 2.0
 # How many groups a call joins, at most, while its user or request is locked.
 _TRIES: Final = 3
+# The longest rest after a group of claimants with many calls, in seconds.
+_LONGEST_REST_S: Final = 0.02
+# For how long such a group waits for one of others that is being written, in seconds.
+_GIVES_WAY_S: Final = 0.01
 # The longest time that a group may take, so that later calls do not wait for ever.
 _GROUP_LIMIT: Final = timedelta(seconds=10)
 # A rollback is quick. One that takes longer must not delay the end of the process.
@@ -106,6 +105,14 @@ class _Waiting:
     def request_id(self) -> str:
         return self.batch.options.request_id
 
+    @property
+    def row_count(self) -> int:
+        return len(self.batch.rows)
+
+    @property
+    def has_left(self) -> bool:
+        return self.result.done()
+
 
 class GroupCommit:
     """Writes groups, one after the other, as long as calls wait."""
@@ -124,12 +131,9 @@ class GroupCommit:
         self._store = store
         self._add = add
         self._restrict_domains = restrict_domains
-        # The waiting calls of each claimant. Claimants take turns.
-        self._waiting: dict[Claimant, deque[_Waiting]] = {}
-        # Who called last, and until when there are several who call.
-        self._last: Claimant | None = None
-        self._several_until = 0.0
-        self._writing: asyncio.Task[None] | None = None
+        self._queue: GroupQueue[_Waiting] = GroupQueue()
+        # They write the groups of claimants with many waiting calls (True), and those of others.
+        self._writers: dict[bool, asyncio.Task[None]] = {}
 
     async def store(
         self,
@@ -148,39 +152,57 @@ class GroupCommit:
             PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
         """
         loop = asyncio.get_running_loop()
-        if self._last not in (None, claimant):
-            self._several_until = loop.time() + _COMPANY_S
-        self._last = claimant
         result: asyncio.Future[StoredBatch | None] = loop.create_future()
         waiting = _Waiting(batch, user_id, claimant, change, trace_parent, result)
-        self._waiting.setdefault(claimant, deque()).append(waiting)
-        if self._writing is None:
-            # The task has an empty context, because a group belongs to many calls.
-            self._writing = asyncio.create_task(self._write_all(), context=Context())
+        self._queue.add(waiting, loop.time())
+        self._begin_writing()
         return await result
 
     async def close(self) -> None:
-        """Wait until the last group is written."""
-        if self._writing is not None:
-            _, late = await asyncio.wait([self._writing], timeout=_END_LIMIT.total_seconds())
+        """Wait until the last groups are written."""
+        end = asyncio.get_running_loop().time() + _END_LIMIT.total_seconds()
+        while self._writers:
+            left = end - asyncio.get_running_loop().time()
+            _, late = await asyncio.wait(self._writers.values(), timeout=max(left, 0))
             for task in late:
                 task.cancel()
                 await asyncio.wait([task])
         await self._store.close()
 
-    async def _write_all(self) -> None:
+    def _begin_writing(self) -> None:
+        """Begin to write the groups that can be formed, unless that is being done."""
+        for many in (False, True):
+            if many not in self._writers and self._queue.has_group(many=many):
+                # The task has an empty context, because a group belongs to many calls.
+                self._writers[many] = asyncio.create_task(
+                    self._write_all(many=many), context=Context()
+                )
+
+    async def _write_all(self, *, many: bool) -> None:
+        queue, now = self._queue, asyncio.get_running_loop().time
         group: list[_Waiting] = []
         try:
-            while self._waiting:
+            while queue.has_group(many=many):
                 try:
                     async with self._store.connection() as connection:
-                        while group := self._next_group():
+                        while True:
+                            if many:
+                                await self._give_way()
+                            group = queue.next_group(now(), many=many)
+                            if not group:
+                                break
+                            began = now()
                             async with (
                                 asyncio.timeout(_GROUP_LIMIT.total_seconds()),
                                 self._store.begin(connection) as transaction,
                             ):
                                 outcomes = await self._write(transaction, group)
                             self._end(group, outcomes)
+                            queue.end_group(many=many)
+                            self._begin_writing()
+                            if many and queue.several_call(now()):
+                                # Others need the event loop and PostgreSQL as well.
+                                await asyncio.sleep(min(now() - began, _LONGEST_REST_S))
                 except Exception as error:  # noqa: BLE001 - each call finds out by itself
                     _log.warning(
                         "group_not_stored",
@@ -189,61 +211,33 @@ class GroupCommit:
                         exc_info=not isinstance(error, DATABASE_ERRORS),
                     )
                     # If there was no connection, no group was formed yet.
-                    group = group or self._next_group()
+                    group = group or queue.next_group(now(), many=many)
                     self._end(group, [None] * len(group))
+                    group = []
+                    queue.end_group(many=many)
+                    # Callers who had many calls in this group may have few now.
+                    self._begin_writing()
+        except BaseException:
+            # The task is cancelled or has a bug. No call may wait for ever.
+            left = [*group, *queue.take_all()]
+            self._end(left, [None] * len(left))
+            raise
         finally:
-            self._writing = None
-            # Calls are left only if this task is cancelled or has a bug. None of them may wait for
-            # ever.
-            left = [each for line in self._waiting.values() for each in line]
-            self._waiting.clear()
-            self._end([*group, *left], [None] * (len(group) + len(left)))
+            queue.end_group(many=many)
+            del self._writers[many]
+            self._begin_writing()
 
-    def _next_group(self) -> list[_Waiting]:
-        """Take the calls of the next group: one of each claimant in turn."""
-        group: list[_Waiting] = []
-        # Two calls with one request_id must not be in one group: the second one needs the first
-        # one's batch.
-        requests: set[str] = set()
-        rows = 0
-        later: list[_Waiting] = []
-        several = asyncio.get_running_loop().time() < self._several_until
-        most = _MOST_BESIDE_OTHERS if several else _MOST_BATCHES
-        taken = Counter[Claimant]()
-        while self._waiting and len(group) < _MOST_BATCHES and rows < _MOST_ROWS:
-            claimant, line = next(iter(self._waiting.items()))
-            if taken[claimant] >= most:
-                break  # claimants take turns, so all others have none left or as many
-            del self._waiting[claimant]
-            each = line.popleft()
-            taken[claimant] += 1
-            if line:
-                self._waiting[claimant] = line
-            if each.result.done():  # the caller has left
-                continue
-            if each.request_id in requests:
-                later.append(each)
-                continue
-            requests.add(each.request_id)
-            group.append(each)
-            rows += len(each.batch.rows)
-        self._put_back(later)
-        return group
-
-    def _put_back(self, calls: Sequence[_Waiting]) -> None:
-        """Let calls wait for the next group, before all others."""
-        waiting: dict[Claimant, deque[_Waiting]] = {each.claimant: deque() for each in calls}
-        for claimant, line in self._waiting.items():
-            waiting.setdefault(claimant, deque()).extend(line)
-        for each in reversed(calls):
-            waiting[each.claimant].appendleft(each)
-        self._waiting = waiting
+    async def _give_way(self) -> None:
+        """Wait while a group of claimants with few calls is written, but not for long."""
+        writer = self._writers.get(False)
+        if writer is not None:
+            await asyncio.wait([writer], timeout=_GIVES_WAY_S)
 
     def _end(self, group: Sequence[_Waiting], outcomes: Sequence[_Outcome]) -> None:
         """Give the calls of a group their results, after the commit."""
         for each, outcome in zip(group, outcomes, strict=True):
             if isinstance(outcome, StoredBatch) and outcome.new is not None:
-                # Also if the caller has left. All calls of a group are added at once, because they
+                # Even if the caller has left. All calls of a group are added together, because they
                 # share markers.
                 outcome.loaded = self._add(outcome.sender.sender_id, outcome.new)
             if each.result.done():  # the caller has left
@@ -313,7 +307,7 @@ class GroupCommit:
             each.tries += 1
             if number in found and not found[number].locked and each.tries < _TRIES:
                 again.append(number)
-        self._put_back([group[number] for number in again])
+        self._queue.put_back([group[number] for number in again])
         rest = [number for number in range(len(group)) if number not in again]
         group[:] = [group[number] for number in rest]
         return [outcomes.get(number) for number in rest]

@@ -1,4 +1,4 @@
-"""Releases and cancels the mail that is held after a restore, part by part."""
+"""Releases the mail that is held after a restore, and cancels it part by part."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.cancelling import EndedJobs
 from outbox_server.services.scheduler.storage.holds import HeldFilter
 from outbox_server.shared.errors import FailedPrecondition
-from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.holds.storage import end_hold
 
 # Heads that are not loaded within this time are loaded by the dispatchers.
-_LOAD_LIMIT: Final = timedelta(seconds=10)
+LOAD_LIMIT: Final = timedelta(seconds=10)
 # A call ends after this time, and the next one continues.
 _CANCEL_LIMIT_S: Final = 10.0
 _EVERYTHING: Final = HeldFilter()
@@ -27,9 +26,10 @@ _EVERYTHING: Final = HeldFilter()
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The result of a release."""
+    """The result of a release. The heads of `sender_ids` must be loaded after the commit."""
 
     jobs: int
+    sender_ids: Sequence[int]
     hold_ended: bool
 
 
@@ -43,34 +43,27 @@ class CancelledHeld:
     hold_ended: bool
 
 
-async def release_held(engine: AsyncEngine, loader: HeadLoader, which: HeldFilter) -> Released:
-    """Release the held jobs that match, in one transaction, and load the heads of their senders.
+async def release_held(connection: AsyncConnection, which: HeldFilter) -> Released:
+    """Release the held jobs that match.
 
     Raises:
         FailedPrecondition: NOT_HELD, TOO_MANY_RELEASES.
     """
-
-    async def release(connection: AsyncConnection) -> tuple[int, Sequence[int], bool]:
-        await _require_hold(connection)
-        jobs, senders = await storage.request_loads(connection, which)
-        releases = await storage.list_releases(connection)
-        if which != _EVERYTHING and which not in releases:
-            if len(releases) >= storage.MOST_RELEASES:
-                raise FailedPrecondition(
-                    f"{storage.MOST_RELEASES:,} filters were released already: release more with "
-                    "one filter, such as a user, or everything",
-                    reason="TOO_MANY_RELEASES",
-                )
-            await storage.add_release(connection, which)
-        ended = which == _EVERYTHING or not await storage.any_held(connection)
-        if ended:
-            await end_hold(connection)
-        return jobs, senders, ended
-
-    jobs, senders, ended = await in_transaction(engine, release)
-    if senders:
-        await load_soon(loader, senders, limit=_LOAD_LIMIT)
-    return Released(jobs, ended)
+    await _require_hold(connection)
+    jobs, senders = await storage.request_loads(connection, which)
+    releases = await storage.list_releases(connection)
+    if which != _EVERYTHING and which not in releases:
+        if len(releases) >= storage.MOST_RELEASES:
+            raise FailedPrecondition(
+                f"{storage.MOST_RELEASES:,} filters were released already: release more with one "
+                "filter, such as a user, or everything",
+                reason="TOO_MANY_RELEASES",
+            )
+        await storage.add_release(connection, which)
+    ended = which == _EVERYTHING or not await storage.any_held(connection)
+    if ended:
+        await end_hold(connection)
+    return Released(jobs, senders, ended)
 
 
 async def cancel_held(engine: AsyncEngine, which: HeldFilter) -> CancelledHeld:

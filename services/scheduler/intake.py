@@ -25,12 +25,9 @@ from outbox_server.services.scheduler.reading import ReaderSteps
 from outbox_server.services.scheduler.small_batches import SmallBatch, read_small
 from outbox_server.services.scheduler.storage.batches import BatchRecord, accepted_change
 from outbox_server.services.scheduler.storage.checking import CheckStore
-from outbox_server.services.scheduler.storage.intake import (
-    IntakeSender,
-    IntakeStore,
-    KnownRequest,
-)
-from outbox_server.shared.callers import current_claimant, leave_place
+from outbox_server.services.scheduler.storage.intake import IntakeStore
+from outbox_server.services.scheduler.storage.new_batches import IntakeSender, KnownRequest
+from outbox_server.shared.callers import current_claimant, leave_place, take_turn
 from outbox_server.shared.database.audit_events import RecordedChange
 from outbox_server.shared.database.ownership import owner_of
 from outbox_server.shared.errors import AlreadyExists, FailedPrecondition, InvalidInput
@@ -44,22 +41,23 @@ from outbox_server.shared.intake.batch_options import (
 from outbox_server.shared.intake.blocks import BlockReader
 from outbox_server.shared.intake.payloads import Payload
 from outbox_server.shared.intake.rows import RowRejection
+from outbox_server.shared.reading_turns import ReadingTurns
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.templates.remote import TemplateParser
 
-# The most uploads in progress. Each holds a block of rows (at most 4 Mi characters) and the chunk
-# that it came from (4 MiB), and the next block too while a block is stored. Its thread waits for
-# the caller most of the time.
+# The maximum number of uploads in progress. Each holds a block of rows (at most 4 Mi characters)
+# and the chunk that it came from (4 MiB), and the next block too while a block is stored. Its
+# thread waits for the caller most of the time.
 _UPLOADS: Final = 16
-# The most batches of one message (at most 5 MiB) that are read at once. Reading uses the CPU, so
-# more at once would not be faster.
+# The maximum number of batches of one message (at most 5 MiB) that are read at once. Reading uses
+# the CPU, so more at once would not be faster.
 _BATCHES: Final = 4
-# The most small batches that wait for their group to be written. They hold none of the places
-# above, because each needs at most 64 KiB.
+# The maximum number of small batches that wait for their group to be written. They hold none of the
+# places above, because each needs at most 64 KiB.
 _GROUPED: Final = 256
-# The most calls that wait for a place. They wait before their first message is received, so they
-# use no memory.
+# The maximum number of calls that wait for a place. They wait before their first message is
+# received, so they use no memory.
 _WAITING: Final = 500
 # How long an intake waits for a transaction while other intakes are stored.
 _STORE_PATIENCE: Final = timedelta(seconds=30)
@@ -106,6 +104,7 @@ class Intake:
         forecaster: QuickForecaster,
         templates: TemplateParser,
         *,
+        turns: ReadingTurns,
         checks: CheckStore,
         max_message_bytes: int,
         most_open: int,
@@ -135,6 +134,7 @@ class Intake:
         self._forecaster = forecaster
         self._load = load
         self._templates = templates
+        self._turns = turns
         self._max_message_bytes = max_message_bytes
         self._restrict_domains = restrict_domains
         self._special_domains = special_domains
@@ -195,6 +195,9 @@ class Intake:
         reading = self._forecaster.begin(stored.record)
         done = True if stored.loaded is None else await asyncio.shield(stored.loaded)
         notices = () if done else (_NOT_LOADED,)
+        await asyncio.shield(reading)
+        # All calls of the group get here at once.
+        await take_turn()
         return Acceptance(
             stored.record.batch_id,
             stored.sender.user_id,
@@ -243,7 +246,7 @@ class Intake:
             self._max_message_bytes,
             special_domains=self._special_domains,
         )
-        steps = ReaderSteps(reader, self._threads[reader.waits])
+        steps = ReaderSteps(reader, self._threads[reader.waits], self._turns)
         self._under_way += 1
         self._idle.clear()
         try:

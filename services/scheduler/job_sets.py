@@ -19,7 +19,6 @@ from typing import Final, TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.filters.fields import FieldTest, both
 from outbox_server.services.scheduler.storage import job_changes, respreading
 from outbox_server.services.scheduler.storage import job_sets as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
@@ -27,6 +26,7 @@ from outbox_server.services.scheduler.storage.job_changes import NewTime
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, SetChange
 from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.filters.fields import FieldTest, both
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.loops import Loop
 from outbox_server.shared.states import JobChangeKind
@@ -53,7 +53,7 @@ Record: TypeAlias = Callable[[AsyncConnection, ChangedJobs], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class RetriedJobs:
-    """How many jobs wait again, and how many other jobs of the request do not."""
+    """How many jobs wait again, and how many jobs of the request were skipped."""
 
     jobs: int
     skipped: int

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from outbox_server.shared.settings import format_duration
+from outbox_server.shared.durations import format_duration
 
 _HOUR: Final = timedelta(hours=1)
 _ZERO: Final = timedelta(0)

@@ -18,6 +18,6 @@ def check_pause_end(until: datetime | None, now: datetime) -> None:
         raise InvalidInput.field(
             "pause_end_time",
             f"must be in the future, at most {bounds.MAX_PAUSE.days} days away "
-            f"(got {until:%Y-%m-%dT%H:%M:%SZ}); unset, only a call ends the pause",
+            f"(got {until:%Y-%m-%dT%H:%M:%SZ}); leave it unset for a pause that only a call ends",
             reason="PAUSE_END_TIME_INVALID",
         )

@@ -9,7 +9,8 @@ from typing import Final
 
 from outbox_server.shared.forecast.simulation import JobGroup
 
-# The most distinct times that are kept. If there are more, mails are assumed to be evenly spaced.
+# The maximum number of distinct times that are kept. If there are more, mails are assumed to be
+# evenly spaced.
 _MOST_TIMES: Final = 10_000
 _EPOCH: Final = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 _MICROSECOND: Final = timedelta(microseconds=1)

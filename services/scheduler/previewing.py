@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.reading import ReaderSteps, refused_rows
 from outbox_server.services.scheduler.storage.checking import CheckStore
-from outbox_server.services.scheduler.storage.intake import IntakeSender
+from outbox_server.services.scheduler.storage.new_batches import IntakeSender
 from outbox_server.services.scheduler.storage.previews import read_job_content
 from outbox_server.shared.bounds import MAX_SHOWN_MAIL_BYTES
 from outbox_server.shared.database.message_ids import message_id_for
@@ -26,6 +26,7 @@ from outbox_server.shared.intake.rows import JobRow, RowRejection
 from outbox_server.shared.mail.content import BatchContent, read_unstored, request_of
 from outbox_server.shared.mail.message import Message, wire_address
 from outbox_server.shared.mail.worker import message_of
+from outbox_server.shared.reading_turns import ReadingTurns
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import DuplicatePolicy
@@ -33,7 +34,7 @@ from outbox_server.shared.templates.batch import RenderError
 from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.templates.workers import TooCostlyError
 
-# The most calls that may read a payload at once.
+# The maximum number of calls that may read a payload at once.
 _THREADS: Final = 4
 
 
@@ -82,6 +83,7 @@ class Previewer:
         templates: TemplateParser,
         read_installation_id: Callable[[], Awaitable[str]],
         *,
+        turns: ReadingTurns,
         max_message_bytes: int,
         restrict_domains: bool,
         special_domains: bool,
@@ -94,6 +96,7 @@ class Previewer:
         self._checks = checks
         self._templates = templates
         self._read_installation_id = read_installation_id
+        self._turns = turns
         self._max_message_bytes = max_message_bytes
         self._restrict_domains = restrict_domains
         self._special_domains = special_domains
@@ -166,7 +169,7 @@ class Previewer:
             special_domains=self._special_domains,
         )
         reader.use(template, template.renderer)
-        steps = ReaderSteps(reader, self._threads)
+        steps = ReaderSteps(reader, self._threads, self._turns)
         keep_first = options.duplicates is DuplicatePolicy.KEEP_FIRST
         with DuplicateFinder() as finder:
             try:
@@ -307,7 +310,7 @@ def _check_size(mails: Sequence[ShownMail]) -> None:
     if size > MAX_SHOWN_MAIL_BYTES:
         what = "the mail has" if len(mails) == 1 else f"the first {len(mails)} mails have"
         raise FailedPrecondition(
-            f"{what} {size:,} bytes, and an answer at most {MAX_SHOWN_MAIL_BYTES:,}",
+            f"{what} {size:,} bytes; an answer can have at most {MAX_SHOWN_MAIL_BYTES:,}",
             reason="MAIL_TOO_LARGE_TO_SHOW",
             metadata={"bytes": str(size), "most": str(MAX_SHOWN_MAIL_BYTES)},
         )

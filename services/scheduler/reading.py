@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from outbox_server.shared import bounds
+from outbox_server.shared.callers import current_claimant, others_call
 from outbox_server.shared.errors import FieldViolation, InvalidInput
 from outbox_server.shared.intake.blocks import BlockReader, ReadBlock
 from outbox_server.shared.intake.rows import RowRejection
+from outbox_server.shared.reading_turns import ReadingTurns
 
 T = TypeVar("T")
 
@@ -18,9 +20,15 @@ T = TypeVar("T")
 class ReaderSteps:
     """Runs the steps of one reader in threads, one at a time, the next block in advance."""
 
-    def __init__(self, reader: BlockReader, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, reader: BlockReader, threads: ThreadPoolExecutor, turns: ReadingTurns
+    ) -> None:
+        """The threads take turns with those of other readers, for the user of the current call."""
         self.reader = reader
         self._threads = threads
+        self._turns = turns
+        self._owner = current_claimant()
+        self._others_call = others_call()
         self._running: asyncio.Future[object] | None = None
         self._ahead: asyncio.Future[ReadBlock | None] | None = None
 
@@ -51,9 +59,13 @@ class ReaderSteps:
         self.reader.close()
 
     def _begin(self, step: Callable[[], T]) -> asyncio.Future[T]:
-        future = asyncio.get_running_loop().run_in_executor(self._threads, step)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, self._in_turn, step)
         self._running = future  # type: ignore[assignment]
         return future
+
+    def _in_turn(self, step: Callable[[], T]) -> T:
+        with self._turns.taken(self._owner, self._others_call):
+            return step()
 
 
 def refused_rows(why: str, reason: str, rejections: Sequence[RowRejection]) -> InvalidInput:

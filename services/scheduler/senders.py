@@ -9,11 +9,11 @@ from datetime import timedelta
 from typing import Final
 
 from outbox_server.shared import bounds
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.intake.addresses import BadAddress, check_address
-from outbox_server.shared.intake.send_times import BadScheduleTime, check_time_zone
+from outbox_server.shared.intake.schedule_times import BadScheduleTime, check_time_zone
 from outbox_server.shared.sending_hours import SendingHours
-from outbox_server.shared.settings import format_duration
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import SmtpSecurity, requested_enum
 from outbox_server.shared.tls import check_ca
@@ -21,7 +21,7 @@ from outbox_server.shared.tls import check_ca
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _TLS_PORT: Final = 465
 _SUBMISSION_PORT: Final = 587
-# With underscores, because names of containers may contain them.
+# Underscores are accepted, because names of containers may contain them.
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _CLOCK: Final = re.compile(r"([01][0-9]|2[0-3]|24(?=:00))(?::)([0-5][0-9])", re.ASCII)
 _DAY_MINUTES: Final = 24 * 60
@@ -61,7 +61,7 @@ def check_hourly_limit(field: str, limit: int | None, default: int) -> int:
 
 
 def check_min_gap(field: str, gap_ms: int | None, floor: timedelta) -> int | None:
-    """Return the gap in ms. None means the operator's floor, also after the floor changes.
+    """Return the gap in ms. None means the operator's floor, even after the floor changes.
 
     Raises:
         InvalidInput: GAP_BELOW_FLOOR, with gap and floor in its metadata; MIN_GAP_INVALID: the gap

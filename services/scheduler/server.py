@@ -34,6 +34,7 @@ from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.respreading import Respreader
 from outbox_server.services.scheduler.servicers.api_keys import ApiKeyServicer
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
+from outbox_server.services.scheduler.servicers.batch_acceptance import BatchAcceptance
 from outbox_server.services.scheduler.servicers.batch_control import BatchControl
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_job_events import EmailJobEventServicer
@@ -74,6 +75,7 @@ from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.queue.user_limits import UserSendLimits
+from outbox_server.shared.reading_turns import ReadingTurns
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import ServiceBinding
 from outbox_server.shared.rpc.watching import Watch
@@ -82,7 +84,8 @@ from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.user_quotas import UserQuotas
 
-# How many pages of exports are read at once, in about 10 ms each, and how many wait.
+# How many pages of exports are read at once, in about 10 ms each, and how many wait. A user reads
+# one at a time: more would be no faster, because the event loop builds them one by one.
 _EXPORT_READS: Final = 4
 _WAITING_EXPORTS: Final = 500
 # How many erasures run at once, each of which compares all rejections of its user, and how many
@@ -118,7 +121,9 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         probes = await stack.enter_async_context(open_probes(settings))
         engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
-        statements = create_engine(settings, lookups_only=True, single_statements=True)
+        # The writers of small batches keep two connections, so do the rounds of quick forecasts,
+        # and the deletion of markers keeps one.
+        statements = create_engine(settings, lookups_only=True, single_statements=True, kept=5)
         stack.push_async_callback(statements.dispose)
         redis = connect(settings)
         stack.push_async_callback(redis.aclose)
@@ -134,12 +139,14 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         stack.push_async_callback(loads.close)
         forecaster = QuickForecaster(statements, Rules.from_settings(settings))
         stack.push_async_callback(forecaster.close)
+        turns = ReadingTurns()
         intake = _intake(
             settings,
             engine,
             loads,
             forecaster,
             templates,
+            turns=turns,
             statements=statements,
             ids=ids,
             metrics=SchedulerMetrics(monitoring.registry),
@@ -151,6 +158,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             CheckStore(engine, UserQuotas.from_settings(settings), ids),
             templates,
             partial(in_transaction, engine, installation_id),
+            turns=turns,
             max_message_bytes=settings.max_message_bytes,
             restrict_domains=settings.sender_policy == "domains",
             special_domains=settings.special_domains == "allow",
@@ -185,7 +193,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             wake_sweeper=sweeper.wake,
             ids=ids,
         )
-        imports = ImportReader()
+        imports = ImportReader(turns)
         stack.callback(imports.close)
         watch = Watch(partial(_read_batches, engine))
         events = EventWatch(engine, settings.event_retention)
@@ -286,6 +294,7 @@ def _intake(
     forecaster: QuickForecaster,
     templates: TemplateParser,
     *,
+    turns: ReadingTurns,
     statements: AsyncEngine,
     ids: IdSource,
     metrics: SchedulerMetrics,
@@ -303,6 +312,7 @@ def _intake(
         loads.load,
         forecaster,
         templates,
+        turns=turns,
         checks=CheckStore(engine, quotas, ids),
         max_message_bytes=settings.max_message_bytes,
         most_open=settings.database_pool * 2 // 3,
@@ -335,18 +345,19 @@ def _services(
     batches = BatchServicer(
         engine,
         loader,
-        intake,
         forecaster,
+        acceptance=BatchAcceptance(engine, intake, forecaster, previewer, least_rate),
         sweeper=sweeper,
         watch=watch,
-        least_rate=least_rate,
         changes=changes,
         previewer=previewer,
         control=control,
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
-    export_reads = FairShares("exports", _EXPORT_READS, waiting=_WAITING_EXPORTS)
+    export_reads = FairShares(
+        "exports", _EXPORT_READS, waiting=_WAITING_EXPORTS, reserve=_EXPORT_READS - 1
+    )
     jobs = EmailJobServicer(
         engine,
         loader,

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Final, TypeAlias
 
 from outbox_server.shared import bounds
+from outbox_server.shared.callers import current_claimant, others_call
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.intake.addresses import BadAddress, check_address
@@ -16,10 +18,14 @@ from outbox_server.shared.intake.csv_reader import read_csv
 from outbox_server.shared.intake.guarded_cells import unguarded
 from outbox_server.shared.intake.payloads import StreamedChunks
 from outbox_server.shared.intake.rows import RowRejection
+from outbox_server.shared.reading_turns import ReadingTurns, pass_on
 
 # The number of addresses that one transaction stores.
 _BLOCK: Final = 1_000
-# The most imports at once. Each has a thread, which waits for the caller most of the time.
+# How many rows are read, in about 1 ms, before the thread lets others read.
+_ROWS_AT_ONCE: Final = 100
+# The maximum number of imports at once. Each has a thread, which waits for the caller most of the
+# time.
 _IMPORTS: Final = 8
 _WAITING: Final = 100
 _REASON: Final = "reason"
@@ -39,17 +45,22 @@ class ImportOptions:
 
 @dataclass(frozen=True, slots=True)
 class ImportBlock:
-    """Some rows of an import: the reasons by address, and how many rows have these addresses."""
+    """Some rows of an import: the reasons by address, and how many rows have these addresses.
+
+    `content` is a digest of the rows as they were given.
+    """
 
     reasons: dict[str, str] = field(default_factory=dict)
     rows: int = 0
     rejections: Sequence[RowRejection] = ()
+    content: bytes = b""
 
 
 class ImportReader:
     """Reads imports in threads. `shares` has a place for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: ReadingTurns) -> None:
+        self._turns = turns
         self.shares = FairShares("imports", _IMPORTS, waiting=_WAITING)
         self._threads = ThreadPoolExecutor(_IMPORTS, thread_name_prefix="import")
 
@@ -69,10 +80,16 @@ class ImportReader:
         source = StreamedChunks(parts)
         blocks = _blocks(_rows(iter(source), options), options.reason)
         loop = asyncio.get_running_loop()
+        owner, others = current_claimant(), others_call()
+
+        def read_next() -> ImportBlock | None:
+            with self._turns.taken(owner, others):
+                return next(blocks, None)
+
         reading: asyncio.Future[ImportBlock | None] | None = None
         try:
             while True:
-                reading = loop.run_in_executor(self._threads, next, blocks, None)
+                reading = loop.run_in_executor(self._threads, read_next)
                 # Shielded: the thread goes on until its source is closed.
                 block = await asyncio.shield(reading)
                 if block is None:
@@ -126,7 +143,11 @@ def _blocks(rows: Iterator[tuple[int, str, str]], reason: str) -> Iterator[Impor
     block: dict[str, str] = {}
     rejections: list[RowRejection] = []
     count = 0
-    for number, email, own in rows:
+    content = blake2b()
+    for row, (number, email, own) in enumerate(rows, start=1):
+        if not row % _ROWS_AT_ONCE:
+            pass_on()
+        content.update(f"{number} {len(email)} {len(own)} {email}{own}".encode())
         try:
             address = check_address(email)
             bounds.SUPPRESSION_REASON.check(_REASON, own)
@@ -138,10 +159,10 @@ def _blocks(rows: Iterator[tuple[int, str, str]], reason: str) -> Iterator[Impor
             count += 1
             block.setdefault(address, own or reason)
         if count + len(rejections) >= _BLOCK:
-            yield ImportBlock(block, count, rejections)
-            block, rejections, count = {}, [], 0
+            yield ImportBlock(block, count, rejections, content.digest())
+            block, rejections, count, content = {}, [], 0, blake2b()
     if count or rejections:
-        yield ImportBlock(block, count, rejections)
+        yield ImportBlock(block, count, rejections, content.digest())
 
 
 def _out_of_order(field_name: str, message: str) -> InvalidInput:

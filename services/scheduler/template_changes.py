@@ -17,7 +17,11 @@ from outbox_server.services.scheduler.storage import unsent_rows as storage
 from outbox_server.services.scheduler.storage.unsent_rows import StoredTemplates, UnsentRow
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput
-from outbox_server.shared.intake.batch_options import check_header_names, under_options
+from outbox_server.shared.intake.batch_options import (
+    check_header_names,
+    check_no_nul,
+    under_options,
+)
 from outbox_server.shared.templates.batch import RenderError, decode_variables, missing_column
 from outbox_server.shared.templates.checking import RowFailure, is_proven
 from outbox_server.shared.templates.head import NO_HEAD, HeadTexts
@@ -27,7 +31,7 @@ from outbox_server.shared.templates.remote import RemoteTemplate, TemplateParser
 Headers: TypeAlias = tuple[tuple[str, str], ...]
 
 _AT_ONCE: Final = 2_500
-# The most bytes that one byte of a row can become in a mail, by escaping and encoding.
+# The maximum number of bytes that one byte of a row can become in a mail, by escaping and encoding.
 _MOST_GROWTH: Final = 24
 
 
@@ -122,13 +126,7 @@ class TemplateChanges:
 
 def _check_nul(new: Mapping[str, str | None]) -> None:
     for name, text in new.items():
-        nul = (text or "").find("\0")
-        if nul >= 0:
-            raise InvalidInput.field(
-                f"batch.{name}",
-                f"must not contain a NUL (got one as character {nul + 1:,})",
-                reason="TEMPLATE_INVALID",
-            )
+        check_no_nul(f"batch.{name}", text or "")
 
 
 def _checked(headers: Headers) -> Headers:

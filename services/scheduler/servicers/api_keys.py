@@ -10,14 +10,14 @@ from outbox.v1 import api_key_pb2, api_key_service_pb2, api_key_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.changes import Changes, Made
-from outbox_server.services.scheduler.filters.resources import KEY_FIELDS, KEY_ORDERS
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, checked_list
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user
 from outbox_server.services.scheduler.storage.api_keys import list_api_keys
 from outbox_server.shared import bounds
 from outbox_server.shared.auth import store
 from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, make_key
 from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.errors import InvalidInput, NotFound, Violations
+from outbox_server.shared.filters.resources import KEY_FIELDS, KEY_ORDERS, checked_list
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, to_timestamp
 
@@ -101,8 +101,7 @@ class ApiKeyServicer(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         tree, descending = checked_list(request, KEY_FIELDS, KEY_ORDERS, wrong)
         wrong.raise_any()
         bind_call(user_id)
-        filters = (user_id, request.filter, request.order_by)
-        page = requested_page(request, "api_keys", *filters, start=("",))
+        page = requested_page(request, "api_keys", user_id, start=("",))
         async with self._engine.connect() as connection:
             found, reached = await list_api_keys(
                 connection, user_id, tree, *page.after, page.limit, descending=descending
@@ -156,7 +155,7 @@ def _kind_of(asked: api_key_pb2.ApiKey) -> ApiKeyKind:
 
 
 def _user_of(asked: api_key_pb2.ApiKey, kind: ApiKeyKind | None) -> str | None:
-    """Return the user that a new key acts for. A `kind` of None is wrong, and may have one.
+    """Return the user that a new key acts for. A `kind` of None means that the kind is wrong.
 
     Raises:
         InvalidInput: API_KEY_KIND_INVALID, USER_ID_REQUIRED, USER_ID_INVALID.

@@ -11,12 +11,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import audit_pb2, audit_service_pb2, audit_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.filters.resources import CHANGE_FIELDS, CHANGE_ORDERS
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, checked_list
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user
 from outbox_server.services.scheduler.storage.audit_events import ChangeFilter, list_changes
 from outbox_server.shared.bounds import AUDIT_TARGET
 from outbox_server.shared.database.audit_events import RecordedChange
 from outbox_server.shared.errors import Violations
+from outbox_server.shared.filters.resources import CHANGE_FIELDS, CHANGE_ORDERS, checked_list
 from outbox_server.shared.rpc.page_tokens import MAX_ID
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, id_text, to_timestamp
@@ -24,7 +24,7 @@ from outbox_server.shared.rpc.proto_mapping import from_timestamp, id_text, to_t
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _LAST_US: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-# After and before every event.
+# Places after and before every event.
 _LAST: Final = (MAX_ID, MAX_ID)
 _FIRST: Final = (0, 0)
 
@@ -53,9 +53,7 @@ class AuditServicer(audit_service_pb2_grpc.AuditServiceServicer):
         wrong.raise_any()
         filters = (which.user_id, which.target, which.start, which.end)
         start = _LAST if descending else _FIRST
-        page = requested_page(
-            request, "audit_events", *filters, request.filter, request.order_by, start=start
-        )
+        page = requested_page(request, "audit_events", *filters, start=start)
         after = None if page.after == start else (_from_us(page.after[0]), page.after[1])
         async with self._engine.connect() as connection:
             found, reached = await list_changes(

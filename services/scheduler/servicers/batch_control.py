@@ -32,12 +32,12 @@ from outbox_server.services.scheduler.storage.unsent_rows import read_templates
 from outbox_server.services.scheduler.template_changes import TemplateChanges
 from outbox_server.shared import bounds
 from outbox_server.shared.database.audit_events import shortened_text
-from outbox_server.shared.errors import Aborted, FailedPrecondition, InvalidInput, Violations
+from outbox_server.shared.durations import format_duration
+from outbox_server.shared.errors import Aborted, FailedPrecondition, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.batch_options import check_no_nul
 from outbox_server.shared.intake.option_mapping import from_headers
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, whole_ms
-from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchState
 
 # The caller waits no longer than this for the head; dispatchers load it otherwise.
@@ -100,7 +100,7 @@ class BatchControl:
         return await self._change(request, storage.resume_batch)
 
     async def update(self, request: batch_service_pb2.UpdateBatchRequest) -> batch_pb2.Batch:
-        """Change templates, headers, start time and spacing of the unsent mail of a batch."""
+        """Change templates, headers, schedule time and spacing of the unsent mail of a batch."""
         wrong = Violations()
         user_id = wrong.value(lambda: acting_user(request.user_id), None)
         batch_id = wrong.value(lambda: parse_id(request.batch.batch_id, "batch.batch_id"), 0)
@@ -282,7 +282,10 @@ def _audited(record: BatchRecord) -> dict[str, Any]:
 
 def _check_not_cancelled(batch: LockedBatch) -> None:
     if batch.state is BatchState.CANCELLED:
-        raise FailedPrecondition("this batch is cancelled, for good", reason="BATCH_CANCELLED")
+        raise FailedPrecondition(
+            "this batch is cancelled, which is final; schedule a new batch",
+            reason="BATCH_CANCELLED",
+        )
 
 
 def _masked(request: batch_service_pb2.UpdateBatchRequest) -> Sequence[str]:
@@ -341,10 +344,5 @@ def _values(batch: batch_pb2.Batch, names: Sequence[str]) -> dict[str, Any]:
 
 def _spacing(batch: batch_pb2.Batch) -> int:
     spacing_ms = whole_ms(batch.spacing, "batch.spacing")
-    if not 0 <= spacing_ms <= bounds.MAX_SPACING // _MILLISECOND:
-        raise InvalidInput.field(
-            "batch.spacing",
-            f"must be 0 s to 7 days (got {format_duration(spacing_ms * _MILLISECOND)})",
-            reason="SPACING_INVALID",
-        )
+    bounds.check_spacing("batch.spacing", spacing_ms * _MILLISECOND)
     return spacing_ms

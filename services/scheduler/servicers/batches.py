@@ -2,89 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import astuple
 from datetime import timedelta
-from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
 from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from structlog.contextvars import bind_contextvars
 
 from outbox_server.services.scheduler.changes import Changes, Made, check_etag
-from outbox_server.services.scheduler.filters.fields import (
-    FieldTest,
-    both,
-    required_value,
-)
-from outbox_server.services.scheduler.filters.resources import (
-    BATCH_FIELDS,
-    BATCH_ORDERS,
-    REJECTION_FIELDS,
-    REJECTION_ORDERS,
-)
-from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
-from outbox_server.services.scheduler.intake import Acceptance, Intake, recipient_suppressed
+from outbox_server.services.scheduler.forecasts import Forecaster
 from outbox_server.services.scheduler.previewing import Previewer
+from outbox_server.services.scheduler.servicers.batch_acceptance import BatchAcceptance
 from outbox_server.services.scheduler.servicers.batch_control import BatchControl
 from outbox_server.services.scheduler.servicers.batch_mapping import (
     LONG_OR_PERSONAL,
     batch_etag,
     to_batch,
 )
+from outbox_server.services.scheduler.servicers.batch_requests import payload_of
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
-    check_file_type,
-    checked_list,
     checked_options,
     errors_name,
     listed_user,
 )
-from outbox_server.services.scheduler.servicers.job_mapping import to_job
 from outbox_server.services.scheduler.servicers.preview_mapping import to_preview
-from outbox_server.services.scheduler.servicers.sample_mail import (
-    naming_recipient,
-    options_of_test,
-)
-from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
-from outbox_server.services.scheduler.storage.email_jobs import find_only_job
 from outbox_server.services.scheduler.sweeping import Sweeper
-from outbox_server.shared import bounds
-from outbox_server.shared.database.audit_events import RecordedChange
-from outbox_server.shared.database.engine import snapshot
-from outbox_server.shared.errors import InvalidInput, Unavailable, Violations
-from outbox_server.shared.heads.loader import HeadLoader, load_soon
-from outbox_server.shared.intake.batch_options import BatchOptions
-from outbox_server.shared.intake.option_mapping import to_rejections
-from outbox_server.shared.intake.payloads import (
-    CsvPayload,
-    Payload,
-    RowsPayload,
-    StreamedChunks,
-    WholeFile,
+from outbox_server.shared.callers import in_parts
+from outbox_server.shared.errors import InvalidInput, Violations
+from outbox_server.shared.filters.fields import (
+    FieldTest,
+    both,
+    required_value,
 )
-from outbox_server.shared.intake.rows import RawRow, RowRejection
-from outbox_server.shared.intake.upload_rate import LeastRate
+from outbox_server.shared.filters.resources import (
+    BATCH_FIELDS,
+    BATCH_ORDERS,
+    REJECTION_FIELDS,
+    REJECTION_ORDERS,
+    checked_list,
+)
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.option_mapping import to_rejections
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, to_timestamp
-from outbox_server.shared.rpc.requested_changes import check_origin, requested_change
+from outbox_server.shared.rpc.proto_mapping import not_found, parse_id
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.states import BatchState
 
 _WATCHED: Final = "watched batch"
 # The rows of a cancelled batch with at most this many jobs are updated before the call returns.
 _SWEPT_IN_CALL: Final = 5_000
-_NewBatch: TypeAlias = (
-    batch_service_pb2.ScheduleBatchRequest
-    | batch_service_pb2.UploadBatchRequest
-    | batch_service_pb2.UploadBatchFileRequest
-)
 # Loading a head takes 0.4 s after a million cancelled rows. The caller waits no longer than this.
 _LOAD_LIMIT: Final = timedelta(seconds=1)
 
@@ -96,25 +69,23 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         self,
         engine: AsyncEngine,
         loader: HeadLoader,
-        intake: Intake,
         forecaster: Forecaster,
         *,
+        acceptance: BatchAcceptance,
         sweeper: Sweeper,
         watch: Watch[storage.BatchRecord],
-        least_rate: LeastRate,
         changes: Changes,
         previewer: Previewer,
         control: BatchControl,
     ) -> None:
+        self._acceptance = acceptance
         self._control = control
         self._changes = changes
         self._previewer = previewer
         self._watch = watch
-        self._least_rate = least_rate
         self._engine = engine
         self._sweeper = sweeper
         self._loader = loader
-        self._intake = intake
         self._forecaster = forecaster
 
     async def ScheduleBatch(
@@ -123,33 +94,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from one message."""
-        user_id, options, change = _asked(request)
-        bind_contextvars(request_id=options.request_id)
-        payload = partial(_payload, request)
-        accept = self._intake.accept_small if _is_small(request) else self._accept_whole
-        if request.validate_only:
-            accept = self._check_whole
-        with errors_name(request.WhichOneof("payload") or "payload"):
-            accepted = await accept(options, payload, user_id, change)
-        return await self._answer(accepted, forecast=request.require_forecast)
-
-    async def _accept_whole(
-        self,
-        options: BatchOptions,
-        payload: Callable[[], Payload],
-        user_id: str | None,
-        change: RecordedChange,
-    ) -> Acceptance:
-        return await self._intake.accept(options, payload(), user_id, change)
-
-    async def _check_whole(
-        self,
-        options: BatchOptions,
-        payload: Callable[[], Payload],
-        user_id: str | None,
-        change: RecordedChange,
-    ) -> Acceptance:
-        return await self._intake.accept(options, payload(), user_id, change, validate_only=True)
+        return await self._acceptance.schedule(request)
 
     async def UploadBatch(
         self,
@@ -157,18 +102,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from a CSV in chunks."""
-        messages = self._least_rate.keep(aiter(request_iterator))
-        first = await anext(messages, None)
-        if first is None or first.WhichOneof("part") != "options":
-            raise _out_of_order("options", "must be set in the first message")
-        user_id, options, change = _asked(first)
-        bind_contextvars(request_id=options.request_id)
-        payload = CsvPayload(StreamedChunks(_chunks(messages)))
-        with errors_name("chunk"):
-            accepted = await self._intake.accept(
-                options, payload, user_id, change, validate_only=first.validate_only
-            )
-        return await self._answer(accepted)
+        return await self._acceptance.upload(request_iterator)
 
     async def UploadBatchFile(
         self,
@@ -176,19 +110,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from a CSV that is the body of an HTTP request."""
-        messages = self._least_rate.keep(aiter(request_iterator))
-        first = await anext(messages, None)
-        if first is None:
-            raise _out_of_order("options", "must be set in the first message")
-        user_id, options, change = _asked(first)
-        bind_contextvars(request_id=options.request_id)
-        check_file_type(first.file.content_type)
-        payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
-        with errors_name("file"):
-            accepted = await self._intake.accept(
-                options, payload, user_id, change, validate_only=first.validate_only
-            )
-        return await self._answer(accepted)
+        return await self._acceptance.upload_file(request_iterator)
 
     async def PreviewBatch(
         self,
@@ -208,7 +130,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         user_id, options = checked_options(request.options, validate_only=True, found=wrong)
         with errors_name(request.WhichOneof("payload") or "payload"):
             found = await self._previewer.preview(
-                options, _payload(request), request.row_numbers, user_id
+                options, payload_of(request), request.row_numbers, user_id
             )
         return to_preview(found)
 
@@ -218,31 +140,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.SendTestEmailResponse:
         """Accept one mail as a test."""
-        wrong = Violations()
-        with wrong:
-            check_origin(request)
-        user_id, options = options_of_test(request.options, wrong)
-        change = requested_change(request)
-        bind_contextvars(request_id=options.request_id)
-        row = request.recipient
-        payload = RowsPayload([_raw_row(row)], 1)
-        with naming_recipient():
-            accepted = await self._intake.accept(options, payload, user_id, change)
-        bind_contextvars(batch_id=accepted.batch_id)
-        async with self._engine.connect() as connection:
-            job = await find_only_job(connection, accepted.batch_id, accepted.user_id)
-            batch = await storage.read_batch(connection, accepted.batch_id, accepted.user_id)
-            if job is None or batch is None:
-                # It was suppressed while it was accepted, or removed since.
-                raise recipient_suppressed()
-            forecast = await self._forecaster.forecast(connection, batch)
-            installation = await self._previewer.installation_id()
-        return batch_service_pb2.SendTestEmailResponse(
-            email_job=to_job(job, installation),
-            replayed=accepted.replayed,
-            estimated_send_time=None if forecast.end is None else to_timestamp(forecast.end),
-            notices=[*forecast.notices, *accepted.notices],
-        )
+        return await self._acceptance.send_test(request)
 
     async def GetBatch(
         self,
@@ -263,17 +161,12 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         wrong = Violations()
         tree, descending = checked_list(request, BATCH_FIELDS, BATCH_ORDERS, wrong)
         wrong.raise_any()
-        if request.sender_id:
-            sender_id = parse_id(request.sender_id, "sender_id")
+        sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
+        if sender_id is not None:
             tree = both(tree, FieldTest("sender_id", "=", sender_id))
         user_id = listed_user(request.user_id, narrowed=required_value(tree, "sender_id")[0])
-        page = requested_page(
-            request,
-            "batches",
-            user_id,
-            *(request.sender_id, request.filter, request.order_by),
-            start=(page_tokens.MAX_ID if descending else 0,),
-        )
+        start = (page_tokens.MAX_ID if descending else 0,)
+        page = requested_page(request, "batches", user_id, sender_id, start=start)
         async with self._engine.connect() as connection:
             found, reached = await storage.list_batches(
                 connection, user_id, tree, *page.after, page.limit, descending=descending
@@ -282,7 +175,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             found, lambda batch: (batch.batch_id,), None if reached is None else (reached,)
         )
         return batch_service_pb2.ListBatchesResponse(
-            batches=[to_batch(batch) for batch in shown], next_page_token=token
+            batches=await in_parts(shown, to_batch), next_page_token=token
         )
 
     async def ListRejections(
@@ -296,10 +189,8 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         batch_id = wrong.value(lambda: parse_id(request.batch_id, "batch_id"), 0)
         tree, descending = checked_list(request, REJECTION_FIELDS, REJECTION_ORDERS, wrong)
         wrong.raise_any()
-        filters = (user_id, batch_id, request.filter, request.order_by)
-        page = requested_page(
-            request, "rejections", *filters, start=(page_tokens.MAX_ID if descending else 0,)
-        )
+        start = (page_tokens.MAX_ID if descending else 0,)
+        page = requested_page(request, "rejections", user_id, batch_id, start=start)
         async with self._engine.connect() as connection:
             if not await storage.batch_exists(connection, batch_id, user_id):
                 raise not_found("batch_id", request.batch_id)
@@ -425,122 +316,3 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 raise not_found("batch_id", str(batch_id))
             forecast = await self._forecaster.forecast(connection, found)
         return to_batch(found, forecast.end)
-
-    async def _answer(
-        self, accepted: Acceptance, *, forecast: bool = True
-    ) -> batch_service_pb2.ScheduleBatchResponse:
-        if accepted.record is not None and not accepted.batch_id:
-            async with snapshot(self._engine) as connection:
-                planned = await self._forecaster.forecast_planned(
-                    connection, accepted.record.sender_id, accepted.planned
-                )
-            answer = _response(accepted, accepted.record, accepted.rejections, planned)
-            answer.batch.ClearField("batch_id")
-            answer.batch.ClearField("etag")
-            return answer
-        bind_contextvars(batch_id=accepted.batch_id)
-        if accepted.record is not None and accepted.forecast is not None and not forecast:
-            return _response(accepted, accepted.record, accepted.rejections, accepted.forecast)
-        async with self._engine.connect() as connection:
-            found = accepted.record or await storage.read_batch(
-                connection, accepted.batch_id, accepted.user_id
-            )
-            if found is None:
-                raise _lost_again(accepted.batch_id)
-            rejections = accepted.rejections
-            if not rejections:
-                rejections, _ = await storage.list_rejections(
-                    connection, found.batch_id, 0, bounds.MAX_SHOWN_REJECTIONS
-                )
-            known = await self._forecaster.forecast(connection, found)
-        return _response(accepted, found, rejections, known)
-
-
-def _asked(request: _NewBatch) -> tuple[str | None, BatchOptions, RecordedChange]:
-    """Return the user to act for, the options of the new batch, and who asks for it."""
-    wrong = Violations()
-    with wrong:
-        check_origin(request)
-    user_id, options = checked_options(
-        request.options, validate_only=request.validate_only, found=wrong
-    )
-    return user_id, options, requested_change(request)
-
-
-def _lost_again(batch_id: int) -> Unavailable:
-    """Return the error of a batch that was stored, and is not in PostgreSQL a moment later.
-
-    A failover to a replica that was behind may lose a commit that was confirmed. The caller repeats
-    the request, which then accepts the batch.
-    """
-    return Unavailable(
-        "the database lost the batch while it was accepted; try again with the same request_id",
-        reason="DATABASE_UNAVAILABLE",
-        metadata={"batch_id": str(batch_id)},
-    )
-
-
-def _response(
-    accepted: Acceptance,
-    batch: storage.BatchRecord,
-    rejections: Sequence[RowRejection],
-    forecast: BatchForecast,
-) -> batch_service_pb2.ScheduleBatchResponse:
-    return batch_service_pb2.ScheduleBatchResponse(
-        batch=to_batch(batch, forecast.end),
-        rejections=to_rejections(rejections),
-        replayed=accepted.replayed,
-        forecast_end_time=None if forecast.end is None else to_timestamp(forecast.end),
-        notices=[*forecast.notices, *accepted.notices],
-    )
-
-
-def _is_small(request: batch_service_pb2.ScheduleBatchRequest) -> bool:
-    """Return whether the batch may be read in the event loop."""
-    if request.ByteSize() > MOST_SMALL_BYTES:
-        return False
-    # A line of a CSV is at most one row.
-    lines = request.csv.count(b"\n") + request.csv.count(b"\r")
-    return len(request.recipients.rows) <= MOST_SMALL_ROWS and lines <= MOST_SMALL_ROWS
-
-
-def _payload(
-    request: batch_service_pb2.ScheduleBatchRequest | batch_service_pb2.PreviewBatchRequest,
-) -> Payload:
-    match request.WhichOneof("payload"):
-        case "csv":
-            return CsvPayload(WholeFile(request.csv))
-        case "recipients" if request.recipients.rows:
-            rows = request.recipients.rows
-            return RowsPayload(map(_raw_row, rows), len(rows))
-    raise InvalidInput.field(
-        "payload",
-        "must have recipients: set `csv` or at least one of `recipients.rows`",
-        reason="PAYLOAD_REQUIRED",
-    )
-
-
-def _raw_row(row: batch_pb2.Recipient) -> RawRow:
-    return RawRow(row.email, dict(row.columns), row.external_id, dict(row.labels))
-
-
-async def _chunks(
-    messages: AsyncIterator[batch_service_pb2.UploadBatchRequest],
-) -> AsyncIterator[bytes]:
-    async for message in messages:
-        if message.WhichOneof("part") != "chunk":
-            raise _out_of_order("chunk", "must be set in every message after the first")
-        yield message.chunk
-
-
-async def _pieces(
-    first: batch_service_pb2.UploadBatchFileRequest,
-    others: AsyncIterator[batch_service_pb2.UploadBatchFileRequest],
-) -> AsyncIterator[bytes]:
-    yield first.file.data
-    async for message in others:
-        yield message.file.data
-
-
-def _out_of_order(field: str, message: str) -> InvalidInput:
-    return InvalidInput.field(field, message, reason="UPLOAD_OUT_OF_ORDER")

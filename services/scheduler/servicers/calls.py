@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
 from outbox.v1 import batch_pb2, batch_service_pb2, sender_service_pb2
 
-from outbox_server.services.scheduler.filters.fields import Filter, FilterField, check_filter
-from outbox_server.services.scheduler.filters.grammar import parse_filter
-from outbox_server.services.scheduler.filters.resources import check_order
 from outbox_server.shared.callers import (
     CallerKind,
     current_caller,
@@ -23,7 +20,6 @@ from outbox_server.shared.callers import (
 from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.option_mapping import from_options
-from outbox_server.shared.rpc.paging import ListRequest
 from outbox_server.shared.rpc.proto_mapping import from_timestamp
 
 # In quotes, because grpcio's class is generic only in its stubs.
@@ -114,25 +110,6 @@ def check_file_type(content_type: str) -> None:
             "curl sends a file as it is with --data-binary @people.csv",
             reason="FILE_TYPE_INVALID",
         )
-
-
-class FilteredList(ListRequest, Protocol):
-    """The fields of a request for a list that has a filter and an order."""
-
-    filter: str
-    order_by: str
-
-
-def checked_list(
-    request: FilteredList,
-    fields: Mapping[str, FilterField],
-    orders: Sequence[str],
-    wrong: Violations,
-) -> tuple[Filter | None, bool]:
-    """Return the filter of a list, and whether it is descending. Errors are added to `wrong`."""
-    tree = wrong.value(lambda: check_filter(parse_filter(request.filter), fields), None)
-    _, descending = wrong.value(lambda: check_order(request.order_by, orders), ("", False))
-    return tree, descending
 
 
 def check_mask(paths: Iterable[str], known: Container[str], hint: Callable[[str], str]) -> None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Final
 
-from outbox.v1 import email_job_event_service_pb2, email_job_event_service_pb2_grpc
+from outbox.v1 import (
+    email_job_event_pb2,
+    email_job_event_service_pb2,
+    email_job_event_service_pb2_grpc,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.servicers.calls import Context, named_user
 from outbox_server.services.scheduler.storage.batches import batch_exists
 from outbox_server.services.scheduler.storage.senders import read_sender
+from outbox_server.shared.callers import in_parts
 from outbox_server.shared.database.engine import from_unix_ms, unix_ms
 from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.events.mapping import to_job_event
-from outbox_server.shared.events.storage import EventPosition, find_start, is_valid
-from outbox_server.shared.events.watching import EventFilter, EventWatch, expired
+from outbox_server.shared.events.storage import EventPosition, JobEventRecord, find_start, is_valid
+from outbox_server.shared.events.watching import EventFilter, EventPage, EventWatch, expired
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id
 from outbox_server.shared.settings import Settings
@@ -50,9 +56,7 @@ class EmailJobEventServicer(email_job_event_service_pb2_grpc.EmailJobEventServic
         async with aclosing(self._watch.follow(which, start)) as pages:
             async for page in pages:
                 yield email_job_event_service_pb2.WatchEmailJobsResponse(
-                    email_job_events=[
-                        to_job_event(event, page.outcome_of(event)) for event in page.events
-                    ],
+                    email_job_events=await in_parts(page.events, partial(_to_event, page)),
                     resume_token=_token(page.position, stream),
                 )
 
@@ -97,6 +101,10 @@ def _filter(
         parse_id(request.batch_id, "batch_id") if request.batch_id else None,
         states,
     )
+
+
+def _to_event(page: EventPage, event: JobEventRecord) -> email_job_event_pb2.EmailJobEvent:
+    return to_job_event(event, page.outcome_of(event))
 
 
 def _token(position: EventPosition, stream: bytes) -> str:

@@ -40,10 +40,12 @@ from outbox_server.services.scheduler.storage.reopening import (
     lock_sendable,
     resolve,
 )
+from outbox_server.shared.callers import in_parts
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.ownership import bind_call
-from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound
+from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound, Violations
+from outbox_server.shared.filters.resources import ATTEMPT_FIELDS, ATTEMPT_ORDERS, checked_list
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
@@ -121,21 +123,14 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         # Nothing is read if no job can match.
         bind_call(which.user_id)
         filters = (request.sender_id, request.batch_id, request.state, request.recipient)
-        page = requested_page(
-            request,
-            "email_jobs",
-            which.user_id,
-            *filters,
-            request.filter,
-            request.order_by,
-            start=which.start,
-        )
+        page = requested_page(request, "email_jobs", which.user_id, *filters, start=which.start)
         async with snapshot(self._engine) as connection:
             found, reached = await storage.list_jobs(connection, which, page.after, page.limit)
         shown, token = page.cut(found, lambda each: each[0], reached)
         installation = await self._installation()
         return email_job_service_pb2.ListEmailJobsResponse(
-            email_jobs=[to_job(job, installation) for _, job in shown], next_page_token=token
+            email_jobs=await in_parts(shown, lambda each: to_job(each[1], installation)),
+            next_page_token=token,
         )
 
     async def ExportEmailJobs(
@@ -287,17 +282,24 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.ListAttemptsRequest,
         context: Context,
     ) -> email_job_service_pb2.ListAttemptsResponse:
-        """Return one page of a job's attempts, the oldest first."""
-        user_id = acting_user(request.user_id)
-        job_id = parse_id(request.email_job_id, "email_job_id")
+        """Return one page of a job's attempts."""
+        wrong = Violations()
+        user_id = wrong.value(lambda: acting_user(request.user_id), None)
+        job_id = wrong.value(lambda: parse_id(request.email_job_id, "email_job_id"), 0)
+        tree, descending = checked_list(request, ATTEMPT_FIELDS, ATTEMPT_ORDERS, wrong)
+        wrong.raise_any()
         page = requested_page(
             request, "attempts", user_id, job_id, start=(0,), largest=storage.MAX_ATTEMPTS
         )
         async with self._engine.connect() as connection:
             if not await storage.job_exists(connection, job_id, user_id):
                 raise not_found("email_job_id", request.email_job_id)
-            found = await storage.list_attempts(connection, job_id, *page.after, page.limit)
-        shown, token = page.cut(found, lambda attempt: (attempt.number,))
+            found, reached = await storage.list_attempts(
+                connection, job_id, tree, *page.after, page.limit, descending=descending
+            )
+        shown, token = page.cut(
+            found, lambda attempt: (attempt.number,), None if reached is None else (reached,)
+        )
         return email_job_service_pb2.ListAttemptsResponse(
             attempts=[to_attempt(request.email_job_id, attempt) for attempt in shown],
             next_page_token=token,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Final
 
 from outbox.v1 import email_job_service_pb2
@@ -13,7 +14,7 @@ from outbox_server.services.scheduler.servicers.filtered_jobs import is_narrowed
 from outbox_server.services.scheduler.servicers.job_mapping import to_attempt, to_job
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord, list_jobs
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
-from outbox_server.shared.callers import current_claimant
+from outbox_server.shared.callers import current_claimant, in_parts
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.fair_shares import FairShares
@@ -58,12 +59,15 @@ class JobExporter:
             after = found[-1][0] if len(found) == _AT_ONCE else reached
             installation = await installation_id()
             yield email_job_service_pb2.ExportEmailJobsResponse(
-                exported_email_jobs=[_exported(job, installation) for _, job in found],
+                exported_email_jobs=await in_parts(found, partial(_exported, installation)),
                 resume_token="" if after is None else page_tokens.encode(_EXPORT, stream, after),
             )
 
 
-def _exported(job: JobRecord, installation_id: str) -> email_job_service_pb2.ExportedEmailJob:
+def _exported(
+    installation_id: str, found: tuple[JobPosition, JobRecord]
+) -> email_job_service_pb2.ExportedEmailJob:
+    _, job = found
     last = None if job.last is None else to_attempt(id_text(job.job_id), job.last)
     return email_job_service_pb2.ExportedEmailJob(
         email_job=to_job(job, installation_id), last_attempt=last

@@ -9,7 +9,13 @@ from typing import Final, Protocol
 
 from outbox.v1 import email_job_service_pb2
 
-from outbox_server.services.scheduler.filters.fields import (
+from outbox_server.services.scheduler.servicers.calls import acting_user, listed_user, named_user
+from outbox_server.services.scheduler.storage.job_changes import NewTime
+from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
+from outbox_server.shared.bounds import MAX_EXPIRE_AFTER
+from outbox_server.shared.durations import format_duration
+from outbox_server.shared.errors import InvalidInput, NotFound, Violations
+from outbox_server.shared.filters.fields import (
     FieldTest,
     Filter,
     both,
@@ -18,22 +24,16 @@ from outbox_server.services.scheduler.filters.fields import (
     required_value,
     stored_address,
 )
-from outbox_server.services.scheduler.filters.grammar import parse_filter
-from outbox_server.services.scheduler.filters.resources import (
+from outbox_server.shared.filters.grammar import parse_filter
+from outbox_server.shared.filters.resources import (
     JOB_FIELDS,
     JOB_ORDERS,
     check_order,
     wrong_order,
 )
-from outbox_server.services.scheduler.servicers.calls import acting_user, listed_user, named_user
-from outbox_server.services.scheduler.storage.job_changes import NewTime
-from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
-from outbox_server.shared.bounds import MAX_EXPIRE_AFTER
-from outbox_server.shared.errors import InvalidInput, NotFound, Violations
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.proto_mapping import from_duration, from_timestamp, parse_id
 from outbox_server.shared.rpc.requested_changes import AttributedRequest
-from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import JobState, requested_enum
 
 _PARTS: Final = "parts of a set of jobs"

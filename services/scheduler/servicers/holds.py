@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Final, TypeVar
 
@@ -13,7 +14,7 @@ from outbox.v1 import hold_pb2, hold_service_pb2, hold_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.changes import Changes, Made
-from outbox_server.services.scheduler.holding import cancel_held, release_held
+from outbox_server.services.scheduler.holding import LOAD_LIMIT, cancel_held, release_held
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user
 from outbox_server.services.scheduler.storage import holds as storage
 from outbox_server.services.scheduler.storage.holds import (
@@ -23,7 +24,7 @@ from outbox_server.services.scheduler.storage.holds import (
 )
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.errors import InvalidInput, Violations
-from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.holds.storage import begin_hold
 from outbox_server.shared.rpc.proto_mapping import (
     from_timestamp,
@@ -78,14 +79,21 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
         """Release held jobs."""
         which = _wanted(request.filter, everything=request.all)
 
-        async def release() -> Made[hold_service_pb2.ReleaseHeldJobsResponse]:
-            released = await release_held(self._engine, self._loader, which)
+        async def release(
+            connection: AsyncConnection,
+        ) -> Made[hold_service_pb2.ReleaseHeldJobsResponse]:
+            released = await release_held(connection, which)
             answer = hold_service_pb2.ReleaseHeldJobsResponse(
                 released_count=released.jobs, hold_ended=released.hold_ended
             )
-            return _made(answer, request.filter, which)
 
-        return await self._changes.make_in_parts(
+            async def load() -> None:
+                if released.sender_ids:
+                    await load_soon(self._loader, released.sender_ids, limit=LOAD_LIMIT)
+
+            return replace(_made(answer, request.filter, which), afterwards=load)
+
+        return await self._changes.make(
             request, which.user_id, hold_service_pb2.ReleaseHeldJobsResponse, release
         )
 
@@ -142,7 +150,11 @@ def _made(answer: M, given: hold_pb2.HeldFilter, which: HeldFilter) -> Made[M]:
 
 
 def _wanted(given: hold_pb2.HeldFilter, *, everything: bool) -> HeldFilter:
-    """Return which jobs a call is about, which must be said."""
+    """Return which held jobs a call is about.
+
+    Raises:
+        InvalidInput: FILTER_REQUIRED: it names none. HELD_FILTER_INVALID.
+    """
     which = _filter(given)
     if everything and which != HeldFilter():
         raise InvalidInput.field(

@@ -30,11 +30,11 @@ from outbox_server.services.scheduler.servicers.calls import acting_user
 from outbox_server.services.scheduler.servicers.job_mapping import changed_job, to_job
 from outbox_server.services.scheduler.storage import cancelling, email_jobs
 from outbox_server.services.scheduler.storage.access import in_transaction
-from outbox_server.services.scheduler.storage.changes import find_requests
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord
 from outbox_server.services.scheduler.storage.reopening import retry_job, unwritten_retries
-from outbox_server.shared.callers import leave_turn
+from outbox_server.shared.callers import current_claimant, pause_turn, take_turn
 from outbox_server.shared.coalesced import Coalesced
+from outbox_server.shared.database.change_requests import find_requests
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.errors import FailedPrecondition, OutboxError
@@ -113,8 +113,9 @@ class JobCanceller:
         asked = self._changes.ask(request, user_id)
         self._calls[number] = _CancelCall(job_id, user_id, asked)
         try:
-            leave_turn()
-            outcome = await self._groups.get(number)
+            pause_turn()
+            outcome = await self._groups.get(number, current_claimant())
+            await take_turn()
         finally:
             # If the caller has left, its job is not cancelled.
             self._calls.pop(number, None)
@@ -126,7 +127,7 @@ class JobCanceller:
             await self._load(outcome.sender_id)
         if outcome.replayed or not asked.key.request_id:
             return outcome.made.answer
-        # Not in the group, which would wait for another call with this `request_id`.
+        # It is not made in the group, which would wait for another call with this `request_id`.
         return await self._changes.remember(asked, outcome.made, email_job_pb2.EmailJob)
 
     async def _cancel_group(self, numbers: Sequence[int]) -> Mapping[int, _Outcome]:
@@ -213,7 +214,7 @@ async def _write(
         if job.state is not JobState.CANCELLED:
             outcomes[number] = _too_late(job.job_id, job.state)
             continue
-        # Of two calls about a job, one cancels it.
+        # If two calls are about one job, only one of them cancels it.
         changed = call.job_id in moved
         moved.discard(call.job_id)
         one = changed_job(to_job(job, installation), JobState.SCHEDULED, changed=changed)
@@ -233,6 +234,9 @@ async def _without_repeated(
     for number, call in calls.items():
         key = call.asked.key
         earlier = known.get((key.scope, key.request_id))
+        if earlier is not None and earlier.answer is None:
+            # In progress, or another request: made alone, so that it waits or is refused.
+            continue
         if earlier is not None:
             try:
                 kept = replayed(earlier, call.asked, email_job_pb2.EmailJob)

@@ -25,17 +25,11 @@ from outbox_server.services.scheduler.effective_limits import (
     UserOverrides,
     effective_limits,
 )
-from outbox_server.services.scheduler.filters.fields import FieldTest, both
-from outbox_server.services.scheduler.filters.resources import (
-    SENDER_FIELDS,
-    SENDER_ORDERS,
-)
 from outbox_server.services.scheduler.pausing import check_pause_end
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
     check_unchangeable,
-    checked_list,
     named_user,
     requested_pause_end,
 )
@@ -55,6 +49,12 @@ from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.shared.callers import CallerKind, current_caller
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.errors import FailedPrecondition, Violations
+from outbox_server.shared.filters.fields import FieldTest, both
+from outbox_server.shared.filters.resources import (
+    SENDER_FIELDS,
+    SENDER_ORDERS,
+    checked_list,
+)
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
@@ -175,13 +175,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         wrong.raise_any()
         if state is not None:
             tree = both(tree, FieldTest("state", "=", int(state)))
-        page = requested_page(
-            request,
-            "senders",
-            user_id,
-            *(request.state, request.filter, request.order_by),
-            start=(page_tokens.MAX_ID if descending else 0,),
-        )
+        start = (page_tokens.MAX_ID if descending else 0,)
+        page = requested_page(request, "senders", user_id, request.state, start=start)
         async with self._engine.connect() as connection:
             found, reached = await storage.list_senders(
                 connection, user_id, tree, *page.after, page.limit, descending=descending
@@ -210,7 +205,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
 
         async def update(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
             before = await self._locked(connection, asked.sender_id, user_id, asked.etag)
-            if mask is None or not mask.paths:
+            if mask is None or list(mask.paths) in ([], ["*"]):
                 check_unchangeable(asked, self._answer(before), "sender", UNCHANGEABLE)
             if not values:
                 return self._made(before, changed=False)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
@@ -13,59 +12,37 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.erasing import erase_recipient, forget_changes
-from outbox_server.services.scheduler.filters.fields import check_filter
-from outbox_server.services.scheduler.filters.grammar import parse_filter
-from outbox_server.services.scheduler.filters.resources import (
-    SUPPRESSION_FIELDS,
-    SUPPRESSION_ORDERS,
-)
 from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
-    check_file_type,
-    checked_list,
-    errors_name,
     named_user,
 )
+from outbox_server.services.scheduler.servicers.importing import SuppressionImporter
 from outbox_server.services.scheduler.storage import suppressions as storage
-from outbox_server.services.scheduler.storage.suppression_imports import suppress_all
 from outbox_server.services.scheduler.suppressing import end_rest
-from outbox_server.services.scheduler.suppression_imports import (
-    ImportBlock,
-    ImportOptions,
-    ImportReader,
-    Part,
-)
+from outbox_server.services.scheduler.suppression_imports import ImportReader
 from outbox_server.shared import bounds
-from outbox_server.shared.callers import current_claimant
-from outbox_server.shared.errors import (
-    FieldViolation,
-    InvalidInput,
-    NotFound,
-    ResourceExhausted,
-    Violations,
-)
+from outbox_server.shared.callers import current_claimant, in_parts
+from outbox_server.shared.errors import NotFound, Violations
 from outbox_server.shared.fair_shares import FairShares
+from outbox_server.shared.filters.fields import check_filter
+from outbox_server.shared.filters.grammar import parse_filter
+from outbox_server.shared.filters.resources import (
+    SUPPRESSION_FIELDS,
+    SUPPRESSION_ORDERS,
+    checked_list,
+)
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.intake.addresses import BadAddress, check_address
-from outbox_server.shared.intake.batch_options import check_csv_options
-from outbox_server.shared.intake.option_mapping import to_rejections
 from outbox_server.shared.intake.upload_rate import LeastRate
+from outbox_server.shared.quoting import quoted
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
-from outbox_server.shared.rpc.requested_changes import check_origin
 from outbox_server.shared.user_quotas import UserQuotas
 
-_MAX_SHOWN: Final = 80
-_OPTION: Final = "options.email_column"
 _EXPORT: Final = "exported suppressions"
 _EXPORTED_AT_ONCE: Final = 1_000
-
-_ImportRequest: TypeAlias = (
-    suppression_service_pb2.ImportSuppressionsRequest
-    | suppression_service_pb2.ImportSuppressionsFileRequest
-)
 
 
 class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):
@@ -87,8 +64,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         self._loader = loader
         self._changes = changes
         self._quotas = quotas
-        self._imports = imports
-        self._least_rate = least_rate
+        self._importer = SuppressionImporter(engine, loader, changes, quotas, imports, least_rate)
         self._export_reads = export_reads
 
     async def CreateSuppression(
@@ -179,19 +155,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         context: Context,
     ) -> suppression_service_pb2.ImportSuppressionsResponse:
         """Suppress many addresses."""
-        messages = self._least_rate.keep(aiter(request_iterator))
-        first = await anext(messages, None)
-        if first is None:
-            raise InvalidInput.field(
-                "chunk",
-                "one of `chunk` and `rows` must be set in a message",
-                reason="UPLOAD_OUT_OF_ORDER",
-            )
-        parts = _parts(_part(first), messages)
-        # The request is kept for the audit log, and the part may be large.
-        first.ClearField("part")
-        with errors_name("chunk"):
-            return await self._import(first, parts)
+        return await self._importer.import_parts(request_iterator)
 
     async def ImportSuppressionsFile(
         self,
@@ -199,79 +163,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         context: Context,
     ) -> suppression_service_pb2.ImportSuppressionsResponse:
         """Suppress the addresses of a CSV that is the body of an HTTP request."""
-        messages = self._least_rate.keep(aiter(request_iterator))
-        first = await anext(messages, None)
-        if first is None:
-            raise InvalidInput.field(
-                "file", "must be set in the first message", reason="UPLOAD_OUT_OF_ORDER"
-            )
-        check_file_type(first.file.content_type)
-        parts = _pieces(first.file.data, messages)
-        first.ClearField("file")
-        with errors_name("file"):
-            return await self._import(first, parts)
-
-    async def _import(
-        self, first: _ImportRequest, parts: AsyncIterator[Part]
-    ) -> suppression_service_pb2.ImportSuppressionsResponse:
-        user_id, options = _checked_import(first)
-        answer = suppression_service_pb2.ImportSuppressionsResponse()
-        with _own_fields(bool(options.email_column)):
-            async with aclosing(self._imports.blocks(parts, options)) as blocks:
-                async for block in blocks:
-                    await self._store(first, user_id, block, answer)
-        return answer
-
-    async def _store(
-        self,
-        request: _ImportRequest,
-        user_id: str,
-        block: ImportBlock,
-        answer: suppression_service_pb2.ImportSuppressionsResponse,
-    ) -> None:
-        """Store a block of an import, and add what was done to the answer."""
-
-        async def store(
-            connection: AsyncConnection,
-        ) -> Made[suppression_service_pb2.ImportSuppressionsResponse]:
-            created, part = await suppress_all(connection, user_id, block.reasons, self._quotas)
-
-            def made(
-                created: int, jobs: int
-            ) -> Made[suppression_service_pb2.ImportSuppressionsResponse]:
-                return Made(
-                    suppression_service_pb2.ImportSuppressionsResponse(
-                        created_count=created,
-                        existing_count=block.rows - created,
-                        suppressed_job_count=jobs,
-                    ),
-                    "suppressions",
-                    user_id,
-                    after={"created_count": created, "suppressed_count": jobs},
-                    changed=created > 0 or jobs > 0,
-                    afterwards=afterwards,
-                )
-
-            async def record(connection: AsyncConnection, jobs: int) -> None:
-                await self._changes.record_part(connection, request, made(0, jobs))
-
-            async def afterwards() -> None:
-                rest = await end_rest(self._engine, self._loader, part, record)
-                answer.suppressed_job_count += rest
-
-            return made(created, part.ended.jobs)
-
-        kind = suppression_service_pb2.ImportSuppressionsResponse
-        try:
-            done = await self._changes.make(request, user_id, kind, store)
-        except ResourceExhausted as error:
-            raise _stopped(error, answer) from None
-        answer.created_count += done.created_count
-        answer.existing_count += done.existing_count
-        answer.suppressed_job_count += done.suppressed_job_count
-        answer.rejected_count += len(block.rejections)
-        room = bounds.MAX_SHOWN_REJECTIONS - len(answer.rejections)
-        answer.rejections.extend(to_rejections(block.rejections[:room]))
+        return await self._importer.import_file(request_iterator)
 
     async def ExportSuppressions(
         self,
@@ -298,7 +190,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
                 )
             after = found[-1].address if len(found) == _EXPORTED_AT_ONCE else reached
             yield suppression_service_pb2.ExportSuppressionsResponse(
-                suppressions=[_to_suppression(one) for one in found],
+                suppressions=await in_parts(found, _to_suppression),
                 resume_token="" if after is None else page_tokens.encode(_EXPORT, stream, (after,)),
             )
 
@@ -312,8 +204,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         user_id = wrong.value(lambda: named_user(request.user_id), "")
         tree, descending = checked_list(request, SUPPRESSION_FIELDS, SUPPRESSION_ORDERS, wrong)
         wrong.raise_any()
-        filters = (request.filter, request.order_by)
-        page = requested_page(request, "suppressions", user_id, *filters, start=("",))
+        page = requested_page(request, "suppressions", user_id, start=("",))
         async with self._engine.connect() as connection:
             found, reached = await storage.list_suppressions(
                 connection, user_id, tree, *page.after, page.limit, descending=descending
@@ -324,7 +215,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
             None if reached is None else (reached,),
         )
         return suppression_service_pb2.ListSuppressionsResponse(
-            suppressions=[_to_suppression(one) for one in shown], next_page_token=token
+            suppressions=await in_parts(shown, _to_suppression), next_page_token=token
         )
 
     async def EraseRecipient(
@@ -362,86 +253,6 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         )
 
 
-def _checked_import(first: _ImportRequest) -> tuple[str, ImportOptions]:
-    """Return the user of an import, and how it is read.
-
-    Raises:
-        PermissionDenied: USER_MISMATCH.
-        InvalidInput: USER_ID_REQUIRED, USER_ID_INVALID, SUPPRESSION_REASON_INVALID,
-            EMAIL_COLUMN_INVALID, SKIP_LINES_INVALID.
-    """
-    wrong = Violations()
-    user_id = wrong.value(lambda: named_user(first.user_id), "")
-    with wrong:
-        bounds.SUPPRESSION_REASON.check("suppression_reason", first.suppression_reason)
-    with wrong:
-        check_csv_options(first.email_column, first.skip_lines)
-    with wrong:
-        check_origin(first)
-    wrong.raise_any()
-    return user_id, ImportOptions(first.suppression_reason, first.email_column, first.skip_lines)
-
-
-@contextmanager
-def _own_fields(column_given: bool) -> Iterator[None]:
-    """Name the fields of an import in errors that name those of the options of a batch."""
-    try:
-        yield
-    except InvalidInput as error:
-        if error.violations or _OPTION not in error.message:
-            raise
-        message = error.message.replace(_OPTION, "email_column")
-        raise InvalidInput(
-            message,
-            reason=error.reason,
-            violations=[FieldViolation("email_column", message)] if column_given else [],
-            metadata=error.metadata,
-        ) from None
-
-
-def _stopped(
-    error: ResourceExhausted, answer: suppression_service_pb2.ImportSuppressionsResponse
-) -> ResourceExhausted:
-    """Return the error of a quota, with what the import has stored before."""
-    return ResourceExhausted(
-        f"{error.message}; the import stopped there, and had suppressed {answer.created_count:,} "
-        "new addresses",
-        reason=error.reason,
-        metadata=error.metadata | {"created_count": str(answer.created_count)},
-        retry_after=error.retry_after,
-    )
-
-
-async def _parts(
-    opening: Part | None,
-    others: AsyncIterator[suppression_service_pb2.ImportSuppressionsRequest],
-) -> AsyncIterator[Part]:
-    if opening is not None:
-        yield opening
-    async for message in others:
-        part = _part(message)
-        if part is not None:
-            yield part
-
-
-async def _pieces(
-    opening: bytes,
-    others: AsyncIterator[suppression_service_pb2.ImportSuppressionsFileRequest],
-) -> AsyncIterator[Part]:
-    yield opening
-    async for message in others:
-        yield message.file.data
-
-
-def _part(message: suppression_service_pb2.ImportSuppressionsRequest) -> Part | None:
-    match message.WhichOneof("part"):
-        case "chunk":
-            return message.chunk
-        case "rows":
-            return [(one.email, one.reason) for one in message.rows.suppressions]
-    return None
-
-
 def _to_suppression(record: storage.SuppressionRecord) -> suppression_pb2.Suppression:
     return suppression_pb2.Suppression(
         user_id=record.user_id,
@@ -463,7 +274,7 @@ def _target(record: storage.SuppressionRecord) -> str:
 
 def _not_found(email: str) -> NotFound:
     return NotFound(
-        f"{email[:_MAX_SHOWN]!r} is not suppressed",
+        f"{quoted(email)} is not suppressed",
         reason="SUPPRESSION_NOT_FOUND",
         metadata={"email": email},
     )

@@ -15,14 +15,15 @@ from outbox_server.services.scheduler.servicers.calls import Context, check_mask
 from outbox_server.services.scheduler.storage import users as storage
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller, require_user
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import InvalidInput, Violations
+from outbox_server.shared.filters.resources import USER_FIELDS, USER_ORDERS, checked_list
 from outbox_server.shared.heads.loader import HeadLoader, load_user_soon
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.quotas.storage import UserUsage, read_usage
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import from_duration, to_duration, to_timestamp
 from outbox_server.shared.sender_domains import normalise_domain
-from outbox_server.shared.settings import format_duration
 from outbox_server.shared.user_quotas import LEAST_QUOTAS, QUOTAS, UserQuotas
 
 _DOMAINS: Final = "sender_domains"
@@ -67,10 +68,17 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
         context: Context,
     ) -> user_service_pb2.ListUsersResponse:
         """Return one page of the users that Outbox knows."""
+        wrong = Violations()
+        tree, descending = checked_list(request, USER_FIELDS, USER_ORDERS, wrong)
+        wrong.raise_any()
         page = requested_page(request, "users", start=("",))
         async with self._engine.connect() as connection:
-            found = await storage.list_users(connection, *page.after, page.limit)
-        shown, token = page.cut(found, lambda user: (user.user_id,))
+            found, reached = await storage.list_users(
+                connection, tree, *page.after, page.limit, descending=descending
+            )
+        shown, token = page.cut(
+            found, lambda user: (user.user_id,), None if reached is None else (reached,)
+        )
         return user_service_pb2.ListUsersResponse(
             users=[self._to_user(user) for user in shown], next_page_token=token
         )
@@ -214,7 +222,7 @@ def _checked_limit(limits: user_pb2.UserLimits, path: str) -> int | None:
             raise InvalidInput.field(
                 f"user.{path}",
                 f"must be 0 to {bounds.MAX_HOURLY_LIMIT:,} (got {value:,}); 0 means no limit, "
-                "unset the default",
+                "unset means the default",
                 reason="USER_LIMIT_INVALID",
             )
         return value
@@ -223,7 +231,7 @@ def _checked_limit(limits: user_pb2.UserLimits, path: str) -> int | None:
         raise InvalidInput.field(
             f"user.{path}",
             f"must be 0 to {format_duration(bounds.MAX_GAP)} (got {gap.total_seconds():g} s); 0 "
-            "means none, unset the default",
+            "means none; unset means the default",
             reason="USER_LIMIT_INVALID",
         )
     return gap // _MILLISECOND

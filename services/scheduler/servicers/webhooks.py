@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import secrets as random
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
-from outbox.v1 import email_job_pb2, webhook_pb2, webhook_service_pb2, webhook_service_pb2_grpc
+from outbox.v1 import webhook_pb2, webhook_service_pb2, webhook_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.changes import (
@@ -17,47 +16,46 @@ from outbox_server.services.scheduler.changes import (
     check_etag,
     differences,
 )
-from outbox_server.services.scheduler.filters.resources import (
-    DELIVERY_FIELDS,
-    DELIVERY_ORDERS,
-    WEBHOOK_FIELDS,
-    WEBHOOK_ORDERS,
-)
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
-    check_mask,
-    checked_list,
     named_user,
+)
+from outbox_server.services.scheduler.servicers.webhook_fields import (
+    differing,
+    masked_fields,
+    old_secret_duration,
+    wanted_states,
+)
+from outbox_server.services.scheduler.servicers.webhook_mapping import (
+    audited_webhook,
+    to_delivery,
+    to_webhook,
+    webhook_target,
 )
 from outbox_server.services.scheduler.storage import webhook_deliveries
 from outbox_server.services.scheduler.storage import webhooks as storage
 from outbox_server.services.scheduler.storage.senders import read_sender
-from outbox_server.services.scheduler.storage.webhook_deliveries import DeliveryRecord
 from outbox_server.services.scheduler.storage.webhooks import WebhookRecord
 from outbox_server.services.scheduler.webhook_posts import WebhookMessage, WebhookPoster
-from outbox_server.services.scheduler.webhooks import message_id, new_secret
-from outbox_server.shared import bounds
+from outbox_server.services.scheduler.webhooks import new_secret
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import InvalidInput, Violations
 from outbox_server.shared.fair_shares import FairShares
+from outbox_server.shared.filters.resources import (
+    DELIVERY_FIELDS,
+    DELIVERY_ORDERS,
+    WEBHOOK_FIELDS,
+    WEBHOOK_ORDERS,
+    checked_list,
+)
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.rpc.page_tokens import MAX_ID
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import (
-    from_duration,
-    id_text,
-    not_found,
-    parse_id,
-    to_timestamp,
-)
+from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.secrets import SecretBox
-from outbox_server.shared.settings import format_duration
-from outbox_server.shared.states import requested_states
 from outbox_server.shared.user_quotas import UserQuotas
 
-_FIELDS: Final = ("url", "states", "disabled")
-# How long the old secret signs too after a rotation, if the call does not say.
-_OLD_SECRET_DURATION: Final = timedelta(hours=24)
 _TESTS_AT_ONCE: Final = 8
 _TESTS_WAITING: Final = 100
 
@@ -99,7 +97,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         user_id = wrong.value(lambda: named_user(request.user_id), "")
         values = {
             "url": wrong.value(lambda: self._poster.check_url("webhook.url", asked.url), ""),
-            "states": wrong.value(lambda: _states(asked), list[int]()),
+            "states": wrong.value(lambda: wanted_states(asked), list[int]()),
             "disabled": asked.disabled,
             "sender_id": sender_id,
         }
@@ -115,7 +113,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
                 values | {"secret": self._secrets.encrypt(new_secret())},
                 self._quotas,
             )
-            return _made(created, after=_audited(created), wake=self._wake)
+            return _made(created, after=audited_webhook(created), wake=self._wake)
 
         answer = await self._changes.make(request, user_id, webhook_pb2.Webhook, create)
         return await self._with_secret(answer, user_id)
@@ -137,7 +135,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         """Return one webhook."""
         user_id = acting_user(request.user_id)
         async with self._engine.connect() as connection:
-            return _to_webhook(await self._found(connection, request.webhook_id, user_id))
+            return to_webhook(await self._found(connection, request.webhook_id, user_id))
 
     async def ListWebhooks(
         self,
@@ -149,8 +147,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         user_id = wrong.value(lambda: named_user(request.user_id), "")
         tree, descending = checked_list(request, WEBHOOK_FIELDS, WEBHOOK_ORDERS, wrong)
         wrong.raise_any()
-        filters = (user_id, request.filter, request.order_by)
-        page = requested_page(request, "webhooks", *filters, start=(MAX_ID if descending else 0,))
+        page = requested_page(request, "webhooks", user_id, start=(MAX_ID if descending else 0,))
         async with self._engine.connect() as connection:
             found, reached = await storage.list_webhooks(
                 connection, user_id, tree, *page.after, page.limit, descending=descending
@@ -159,7 +156,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             found, lambda one: (one.webhook_id,), None if reached is None else (reached,)
         )
         return webhook_service_pb2.ListWebhooksResponse(
-            webhooks=map(_to_webhook, shown), next_page_token=token
+            webhooks=map(to_webhook, shown), next_page_token=token
         )
 
     async def UpdateWebhook(
@@ -181,11 +178,11 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             )
             check_etag(asked.etag, str(before.revision), "this webhook")
             await _check_sender(connection, asked.sender_id, before)
-            values = _differing(before, asked_values)
+            values = differing(before, asked_values)
             if not values:
                 return _made(before, changed=False)
             after = await storage.update_webhook(connection, webhook_id, user_id, values)
-            was, now = differences(_audited(before), _audited(after))
+            was, now = differences(audited_webhook(before), audited_webhook(after))
             return _made(after, before=was, after=now, wake=self._wake)
 
         return await self._changes.make(request, user_id, webhook_pb2.Webhook, update)
@@ -196,7 +193,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         context: Context,
     ) -> webhook_pb2.Webhook:
         """Replace the secret of a webhook, and return the new one."""
-        keep = _old_secret_duration(request)
+        keep = old_secret_duration(request)
         user_id = acting_user(request.user_id)
 
         async def rotate(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
@@ -226,7 +223,9 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             before = await self._found(connection, request.webhook_id, user_id, lock=True)
             check_etag(request.etag, str(before.revision), "this webhook")
             await storage.delete_webhook(connection, before.webhook_id, user_id)
-            return Made(Empty(), _target(before), before.user_id, before=_audited(before))
+            return Made(
+                Empty(), webhook_target(before), before.user_id, before=audited_webhook(before)
+            )
 
         return await self._changes.make(request, user_id, Empty, remove)
 
@@ -258,7 +257,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             )
             return Made(
                 answer,
-                _target(webhook),
+                webhook_target(webhook),
                 webhook.user_id,
                 after={"delivered": answer.delivered, "http_status": answer.http_status},
             )
@@ -277,9 +276,9 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         user_id = wrong.value(lambda: acting_user(request.user_id), None)
         tree, descending = checked_list(request, DELIVERY_FIELDS, DELIVERY_ORDERS, wrong)
         wrong.raise_any()
-        filters = (user_id, request.webhook_id, request.filter, request.order_by)
+        start = (MAX_ID if descending else 0,)
         page = requested_page(
-            request, "webhook_deliveries", *filters, start=(MAX_ID if descending else 0,)
+            request, "webhook_deliveries", user_id, request.webhook_id, start=start
         )
         async with self._engine.connect() as connection:
             webhook = await self._found(connection, request.webhook_id, user_id)
@@ -295,7 +294,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
             found, lambda one: (one.delivery_id,), None if reached is None else (reached,)
         )
         return webhook_service_pb2.ListWebhookDeliveriesResponse(
-            webhook_deliveries=map(_to_delivery, shown), next_page_token=token
+            webhook_deliveries=map(to_delivery, shown), next_page_token=token
         )
 
     async def RedeliverWebhook(
@@ -321,7 +320,7 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
 
             return Made(
                 webhook_service_pb2.RedeliverWebhookResponse(redelivered_count=count),
-                _target(webhook),
+                webhook_target(webhook),
                 webhook.user_id,
                 after={"redelivered_count": count},
                 changed=bool(count),
@@ -336,13 +335,13 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         asked = request.webhook
         values: dict[str, Any] = {}
         wrong = Violations()
-        for name in wrong.value(lambda: tuple(_masked(request)), ()):
+        for name in wrong.value(lambda: tuple(masked_fields(request)), ()):
             with wrong:
                 match name:
                     case "url":
                         values[name] = self._poster.check_url("webhook.url", asked.url)
                     case "states":
-                        values[name] = _states(asked)
+                        values[name] = wanted_states(asked)
                     case "disabled":
                         values[name] = asked.disabled
         wrong.raise_any()
@@ -364,19 +363,6 @@ class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
         return found
 
 
-def _differing(present: WebhookRecord, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that the webhook does not have yet.
-
-    A webhook that is not disabled, but rests after failures, is enabled again.
-    """
-    same = {
-        "url": present.url,
-        "states": sorted(int(state) for state in present.states),
-        "disabled": None if present.failing_since else present.disabled,
-    }
-    return {name: value for name, value in values.items() if value != same[name]}
-
-
 async def _check_sender(connection: AsyncConnection, asked: str, present: WebhookRecord) -> None:
     """Check that a request names no other sender than the webhook has.
 
@@ -396,48 +382,6 @@ async def _check_sender(connection: AsyncConnection, asked: str, present: Webhoo
     )
 
 
-def _masked(request: webhook_service_pb2.UpdateWebhookRequest) -> Iterator[str]:
-    """Yield the fields to change.
-
-    Raises:
-        InvalidInput: UPDATE_MASK_INVALID.
-    """
-    paths = list(request.update_mask.paths)
-    if not paths:
-        yield from (name for name in _FIELDS if getattr(request.webhook, name))
-        return
-    check_mask(paths, ("*", *_FIELDS), lambda _: f"use {', '.join(_FIELDS)}, or * for all of them")
-    for path in paths:
-        if path == "*":
-            yield from _FIELDS
-        else:
-            yield path
-
-
-def _old_secret_duration(request: webhook_service_pb2.RotateWebhookSecretRequest) -> timedelta:
-    """Return how long the old secret signs too.
-
-    Raises:
-        InvalidInput: OLD_SECRET_DURATION_INVALID.
-    """
-    if not request.HasField("old_secret_duration"):
-        return _OLD_SECRET_DURATION
-    keep = from_duration(request.old_secret_duration, "old_secret_duration")
-    if not timedelta(0) <= keep <= bounds.MAX_OLD_SECRET_DURATION:
-        raise InvalidInput.field(
-            "old_secret_duration",
-            f"must be 0 to {format_duration(bounds.MAX_OLD_SECRET_DURATION)}"
-            f" (got {keep.total_seconds():g} s); unset means"
-            f" {format_duration(_OLD_SECRET_DURATION)}",
-            reason="OLD_SECRET_DURATION_INVALID",
-        )
-    return keep
-
-
-def _states(asked: webhook_pb2.Webhook) -> list[int]:
-    return sorted(map(int, requested_states(asked.states, "webhook.states")))
-
-
 def _made(
     record: WebhookRecord,
     *,
@@ -450,65 +394,11 @@ def _made(
         wake()
 
     return Made(
-        _to_webhook(record),
-        _target(record),
+        to_webhook(record),
+        webhook_target(record),
         record.user_id,
         before=before,
         after=after,
         changed=changed,
         afterwards=afterwards,
     )
-
-
-def _target(record: WebhookRecord) -> str:
-    return f"webhooks/{record.webhook_id}"
-
-
-def _audited(record: WebhookRecord) -> dict[str, Any]:
-    return {
-        "url": record.url,
-        "states": [state.name for state in sorted(record.states)],
-        "disabled": record.disabled,
-    }
-
-
-def _to_webhook(record: WebhookRecord) -> webhook_pb2.Webhook:
-    webhook = webhook_pb2.Webhook(
-        webhook_id=id_text(record.webhook_id),
-        user_id=record.user_id,
-        url=record.url,
-        sender_id="" if record.sender_id is None else id_text(record.sender_id),
-        states=[
-            email_job_pb2.EmailJobState.Value(f"EMAIL_JOB_STATE_{state.name}")
-            for state in sorted(record.states)
-        ],
-        disabled=record.disabled,
-        create_time=to_timestamp(record.created_at),
-        last_error=record.error or "",
-        etag=str(record.revision),
-    )
-    if record.old_secret_until is not None:
-        webhook.old_secret_expire_time.CopyFrom(to_timestamp(record.old_secret_until))
-    if record.failing_since is not None:
-        webhook.failing_since_time.CopyFrom(to_timestamp(record.failing_since))
-    return webhook
-
-
-def _to_delivery(record: DeliveryRecord) -> webhook_pb2.WebhookDelivery:
-    waits = record.next_at is not None
-    delivery = webhook_pb2.WebhookDelivery(
-        webhook_delivery_id=id_text(record.delivery_id),
-        webhook_id=id_text(record.webhook_id),
-        message_id=message_id(record.webhook_id, record.after_event, record.last_event),
-        state=webhook_pb2.WEBHOOK_DELIVERY_STATE_PENDING
-        if waits
-        else webhook_pb2.WEBHOOK_DELIVERY_STATE_FAILED,
-        event_count=record.event_count,
-        attempt_count=record.attempts,
-        create_time=to_timestamp(record.created_at),
-        http_status=record.http_status or 0,
-        last_error=record.error,
-    )
-    if record.next_at is not None:
-        delivery.next_attempt_time.CopyFrom(to_timestamp(record.next_at))
-    return delivery

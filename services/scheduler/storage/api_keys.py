@@ -8,12 +8,12 @@ from typing import Any, Final
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.shared.auth.keys import ApiKey
 from outbox_server.shared.auth.store import KEY_COLUMNS, key_of
 from outbox_server.shared.database.models import ApiKeyRow
+from outbox_server.shared.filters.fields import Filter
 
 _LEAVES: Final[Mapping[str, Leaf]] = {
     "kind": column(ApiKeyRow.kind),

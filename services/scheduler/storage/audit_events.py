@@ -11,17 +11,17 @@ from typing import Any, Final, TypeAlias
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import (
-    Filter,
-    earliest,
-    latest,
-    required_value,
-)
 from outbox_server.services.scheduler.storage.bounded import compared, search_by
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.shared.database.audit_events import CHANGE_COLUMNS, RecordedChange
 from outbox_server.shared.database.models import AuditEvent
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.filters.fields import (
+    Filter,
+    earliest,
+    latest,
+    required_value,
+)
 
 # The time and the id of an event, by which the log is ordered.
 ChangePlace: TypeAlias = tuple[datetime, int]

@@ -121,7 +121,7 @@ async def pause_batch(
         others = select(func.count()).where(Batch.sender_id == batch.sender_id, batch_is_paused())
         if (await connection.scalar(others) or 0) >= MOST_PAUSED_BATCHES:
             raise FailedPrecondition(
-                f"the sender has {MOST_PAUSED_BATCHES} paused batches, the most that it may have; "
+                f"the sender has {MOST_PAUSED_BATCHES} paused batches, the maximum; "
                 "resume or cancel some of them, or pause the sender",
                 reason="TOO_MANY_PAUSED_BATCHES",
                 metadata={"limit": str(MOST_PAUSED_BATCHES)},

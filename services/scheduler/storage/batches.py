@@ -11,8 +11,6 @@ from sqlalchemy import BigInteger, ColumnElement, Select, case, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import FieldTest, Filter, required_value
-from outbox_server.services.scheduler.filters.resources import ShownBatchState
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition, labels_of
 from outbox_server.services.scheduler.storage.counted_states import has_counted
@@ -21,8 +19,10 @@ from outbox_server.shared.database.counts import JobCounts, batch_counts
 from outbox_server.shared.database.models import Batch, BatchRejection
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.pauses import batch_is_paused, pause_lasts
+from outbox_server.shared.durations import format_duration
+from outbox_server.shared.filters.fields import FieldTest, Filter, required_value
+from outbox_server.shared.filters.resources import ShownBatchState
 from outbox_server.shared.intake.rows import RowRejection
-from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy, JobState
 
 _MILLISECOND: Final = timedelta(milliseconds=1)

@@ -1,147 +1,40 @@
-"""Stores the requests that changed something, by which a repeated call is recognised.
-
-Also removes old requests, and old events of the audit log.
-"""
+"""Removes old requests that changed something, and old events of the audit log."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    Text,
     and_,
     cast,
     delete,
     extract,
     func,
-    literal,
     select,
     tuple_,
-    update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 
 from outbox_server.shared.database.models import AuditEvent, ChangeRequest
-from outbox_server.shared.database.ownership import bind_call, owned_by
+from outbox_server.shared.database.ownership import owned_by
 
 _KEYS: Final[dict[type, tuple[str, ...]]] = {
     ChangeRequest: ("scope", "request_id"),
     AuditEvent: ("id",),
 }
-# The scope of callers that act for no particular user.
-_ANY_USER: Final = ""
 # The actions that accept a batch.
 ACCEPTING: Final = frozenset({"ScheduleBatch", "UploadBatch", "UploadBatchFile", "SendTestEmail"})
-# The row of an earlier request may be removed between two statements.
-_TRIES: Final = 3
 
 
 def next_revision(revision: InstrumentedAttribute[int]) -> ColumnElement[int]:
     """Return a revision that no other change has, even one that a failover has lost."""
     microseconds = cast(extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
     return func.greatest(revision + 1, microseconds)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRequest:
-    """An earlier request with the same id.
-
-    `answer` is its serialized answer; None means that it has none: it is in progress, or was
-    interrupted.
-    """
-
-    digest: bytes
-    answer: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestKey:
-    """What identifies a request: the user that it acts for (None means any), and its id."""
-
-    user_id: str | None
-    request_id: str
-
-    @property
-    def scope(self) -> str:
-        """Return the value of the column."""
-        bind_call(self.user_id)
-        return _ANY_USER if self.user_id is None else self.user_id
-
-
-async def begin_request(
-    connection: AsyncConnection, key: RequestKey, digest: bytes
-) -> StoredRequest | None:
-    """Store the request, and return None; or return the earlier request with this id.
-
-    If a transaction with the same id is open, this waits for its end.
-    """
-    new = insert(ChangeRequest).values(
-        scope=key.scope, request_id=key.request_id, digest=digest, user_id=key.user_id
-    )
-    for _ in range(_TRIES):
-        stored = await connection.execute(
-            new.on_conflict_do_nothing().returning(ChangeRequest.scope)
-        )
-        if stored.first() is not None:
-            return None
-        found = await find_request(connection, key)
-        if found is not None:
-            return found
-    raise AssertionError("a request is removed as often as it is stored")
-
-
-async def find_request(connection: AsyncConnection, key: RequestKey) -> StoredRequest | None:
-    """Return the earlier request with this id; None if there was none."""
-    found = select(ChangeRequest.digest, ChangeRequest.answer).where(
-        ChangeRequest.scope == key.scope, ChangeRequest.request_id == key.request_id
-    )
-    row = (await connection.execute(found)).one_or_none()
-    return None if row is None else StoredRequest(row.digest, row.answer)
-
-
-async def find_requests(
-    connection: AsyncConnection, keys: Sequence[RequestKey]
-) -> dict[tuple[str, str], StoredRequest]:
-    """Return the earlier requests with these ids, by scope and id."""
-    scopes = literal([key.scope for key in keys], ARRAY(Text))
-    ids = literal([key.request_id for key in keys], ARRAY(Text))
-    these = func.unnest(scopes, ids).table_valued("scope", "request_id").render_derived()
-    found = select(
-        ChangeRequest.scope, ChangeRequest.request_id, ChangeRequest.digest, ChangeRequest.answer
-    ).join(
-        these,
-        and_(ChangeRequest.scope == these.c.scope, ChangeRequest.request_id == these.c.request_id),
-    )
-    return {
-        (row.scope, row.request_id): StoredRequest(row.digest, row.answer)
-        for row in await connection.execute(found)
-    }
-
-
-async def store_answer(
-    connection: AsyncConnection,
-    key: RequestKey,
-    answer: bytes,
-    owner: str | None,
-    address_key: str | None,
-) -> None:
-    """Store the answer to a request that `begin_request` has stored.
-
-    `owner` owns what was changed; `address_key` is the key of the recipient that it is about.
-    """
-    stored = (
-        update(ChangeRequest)
-        .where(ChangeRequest.scope == key.scope, ChangeRequest.request_id == key.request_id)
-        .values(answer=answer, user_id=owner, address_key=address_key)
-    )
-    await connection.execute(stored)
 
 
 async def forget_address(connection: AsyncConnection, user_id: str, address_key: str) -> None:

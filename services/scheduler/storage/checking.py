@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -11,13 +11,12 @@ import psycopg
 from sqlalchemy import func, select
 
 from outbox_server.services.scheduler.storage.batches import BatchRecord
-from outbox_server.services.scheduler.storage.intake import (
+from outbox_server.services.scheduler.storage.intake import IntakeStore, IntakeTransaction
+from outbox_server.services.scheduler.storage.new_batches import (
     BegunBatch,
     FinishedBatch,
     IntakeCounts,
     IntakeSender,
-    IntakeStore,
-    IntakeTransaction,
 )
 from outbox_server.services.scheduler.storage.spreading import Spread
 from outbox_server.shared.database.audit_events import RecordedChange
@@ -66,14 +65,14 @@ class CheckTransaction(IntakeTransaction):
     async def copy_jobs(
         self,
         count: int,
-        lines_from: Callable[[int], bytes],
+        lines_from: Callable[[int], Iterable[bytes]],
         *,
         spread: bool = False,
         tagged: bool = False,
     ) -> None:
         """Do nothing: no job is stored."""
 
-    async def copy_rejections(self, data: bytes) -> None:
+    async def copy_rejections(self, lines: Iterable[bytes]) -> None:
         """Do nothing: no rejection is stored."""
 
     async def finish(

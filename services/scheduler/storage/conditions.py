@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from operator import eq, ge, gt, le, lt, ne
 from typing import Any, Final, TypeAlias
 from typing import cast as typed
 
@@ -26,19 +25,18 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import array
 
-from outbox_server.services.scheduler.filters.fields import FieldTest, Filter
-from outbox_server.services.scheduler.filters.grammar import AllOf, AnyOf, Negation
 from outbox_server.shared.database.cancellations import being_cancelled, finished_now
 from outbox_server.shared.database.models import Batch, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.filters.fields import FieldTest, Filter
+from outbox_server.shared.filters.grammar import AllOf, AnyOf, Negation
+from outbox_server.shared.filters.matching import OPERATORS
 from outbox_server.shared.intake.addresses import address_key, folded_key
 from outbox_server.shared.intake.tags import external_key
 from outbox_server.shared.states import JobState
 
 # A condition of SQL for a comparison.
 Leaf: TypeAlias = Callable[[FieldTest], ColumnElement[bool]]
-
-_OPERATORS: Final = {"=": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
 
 
 def condition(tree: Filter | None, fields: Mapping[str, Leaf]) -> ColumnElement[bool]:
@@ -63,7 +61,7 @@ def column(of: SQLColumnExpression[Any] | Callable[[], Any], *, nullable: bool =
         if test.value is None:
             return true() if test.operator == "!=" else false()
         compared = of() if callable(of) else of
-        found: ColumnElement[bool] = _OPERATORS[test.operator](compared, test.value)
+        found: ColumnElement[bool] = OPERATORS[test.operator](compared, test.value)
         return func.coalesce(found, test.operator == "!=") if nullable else found
 
     return compare
@@ -194,7 +192,7 @@ JOB_LEAVES: Final[Mapping[str, Leaf]] = {
     "schedule_time": column(EmailJob.scheduled_at),
     "finish_time": column(finished_now, nullable=True),
     "send_time": _send_time,
-    # As the largest type, because a filter may have any number.
+    # Compared as the largest type, because a filter may have any number.
     "attempt_count": column(cast(EmailJob.attempt, BigInteger)),
     "row_number": column(cast(EmailJob.row_number, BigInteger)),
     "test": column(_of_batch(Batch.test)),

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Select,
     Subquery,
     any_,
+    cast,
     lateral,
     literal,
     select,
@@ -22,12 +23,16 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.storage.bounded import search
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.walking import walk_jobs
+from outbox_server.shared.callers import in_parts
 from outbox_server.shared.database.cancellations import finished_now, state_now
 from outbox_server.shared.database.message_ids import message_id_address
 from outbox_server.shared.database.models import Attempt, Batch, DispatcherRow, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.filters.fields import Filter
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
 
 # The largest number of an attempt that the table can have (smallint).
@@ -59,7 +64,7 @@ class JobRecord:
     batch_id: int
     sender_id: int
     user_id: str
-    # For its Message-ID.
+    # The sender's first address, which is part of the Message-ID.
     message_id_address: str
     recipient: str
     row_number: int
@@ -109,6 +114,12 @@ _OF_BATCH: Final = (
 )
 
 
+_DISPATCHER_ID: Final = (
+    select(DispatcherRow.dispatcher_id)
+    .where(DispatcherRow.id == Attempt.dispatcher)
+    .correlate(Attempt)
+    .scalar_subquery()
+)
 _ATTEMPT: Final = (
     Attempt.attempt,
     Attempt.started_at,
@@ -119,12 +130,20 @@ _ATTEMPT: Final = (
     Attempt.message,
     Attempt.reply_class,
     Attempt.endpoint,
-    select(DispatcherRow.dispatcher_id)
-    .where(DispatcherRow.id == Attempt.dispatcher)
-    .correlate(Attempt)
-    .scalar_subquery()
-    .label("dispatcher_id"),
+    _DISPATCHER_ID.label("dispatcher_id"),
 )
+# Compared as the largest type, because a filter may have any number.
+_ATTEMPT_LEAVES: Final[Mapping[str, Leaf]] = {
+    "attempt_number": column(cast(Attempt.attempt, BigInteger)),
+    "outcome": column(Attempt.outcome),
+    "reply_class": column(Attempt.reply_class, nullable=True),
+    "smtp_code": column(cast(Attempt.smtp_code, BigInteger), nullable=True),
+    "enhanced_code": column(Attempt.enhanced_code, nullable=True),
+    "dispatcher_id": column(_DISPATCHER_ID, nullable=True),
+    "endpoint": column(Attempt.endpoint, nullable=True),
+    "start_time": column(Attempt.started_at),
+    "end_time": column(Attempt.ended_at),
+}
 
 
 def _described(jobs: Subquery) -> Select[Any]:
@@ -210,7 +229,8 @@ async def read_jobs(connection: AsyncConnection, job_ids: Sequence[int]) -> dict
         .where(EmailJob.id == any_(literal(job_ids, ARRAY(BigInteger))))
         .subquery("page")
     )
-    return {row.id: _record(row) for row in await connection.execute(_described(page))}
+    rows = (await connection.execute(_described(page))).all()
+    return {record.job_id: record for record in await in_parts(rows, _record)}
 
 
 async def read_batches_of(
@@ -268,13 +288,22 @@ async def job_exists(connection: AsyncConnection, job_id: int, user_id: str | No
 
 
 async def list_attempts(
-    connection: AsyncConnection, job_id: int, after: int, limit: int
-) -> Sequence[PastAttempt]:
-    """Return the first `limit` attempts after number `after`. Check `job_exists` before."""
-    rows = await connection.execute(
-        select(*_ATTEMPT)
-        .where(Attempt.email_job_id == job_id, Attempt.attempt > after)
-        .order_by(Attempt.attempt)
-        .limit(limit)
-    )
-    return [_past(row) for row in rows]
+    connection: AsyncConnection,
+    job_id: int,
+    tree: Filter | None,
+    after: int,
+    limit: int,
+    *,
+    descending: bool,
+) -> tuple[Sequence[PastAttempt], int | None]:
+    """Return the first `limit` attempts after number `after` (0: all) that match.
+
+    If there are fewer, although more may follow, the number where to continue is returned too.
+    Check `job_exists` before.
+    """
+    rows: Select[Any] = select(*_ATTEMPT).where(Attempt.email_job_id == job_id)
+    if after:
+        rows = rows.where(Attempt.attempt < after if descending else Attempt.attempt > after)
+    matches = None if tree is None else condition(tree, _ATTEMPT_LEAVES)
+    found = await search(connection, rows, Attempt.attempt, matches, limit, descending=descending)
+    return [_past(row) for row in found.rows], found.reached

@@ -87,7 +87,7 @@ class ReadRejection:
 async def suppress_erased(
     connection: AsyncConnection, user_id: str, address: str
 ) -> tuple[SuppressionRecord, EndedPart]:
-    """Suppress an address by its hash alone, and end the first waiting jobs to it."""
+    """Suppress an address by storing only its hash, and end the first waiting jobs to it."""
     await lock_suppressions(connection, user_id)
     await connection.execute(insert(ErasureKey).on_conflict_do_nothing())
     exact, folded = keys_of(address)
@@ -213,7 +213,7 @@ async def erase_rejections(connection: AsyncConnection, found: list[ReadRejectio
 def _to_person(user_id: str, address: str) -> ByAddress:
     """Return the condition that a job goes to the person, in any spelling of the address."""
     exact, folded = keys_of(address)
-    # A job of an older release has the folded key alone.
+    # A job of an older release has only the folded key.
     same = func.coalesce(EmailJob.address_key, exact) == exact
     has_key = and_(func.coalesce(EmailJob.recipient_key, "") == folded, same)
     by_row = or_(is_addressed_to(address), has_key)
@@ -294,7 +294,7 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
     targets = union_all(*(select(target) for target in about))
     events = (
         update(AuditEvent)
-        # As an array, so that the index is used, however many jobs are picked.
+        # An array, so that PostgreSQL uses the index, however many jobs are picked.
         .where(AuditEvent.target == any_(func.array(targets.scalar_subquery())))
         .values(before=null(), after=null(), identity="", reason="")
         .returning(AuditEvent.id)

@@ -33,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSON
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.storage.intake import (
+from outbox_server.services.scheduler.storage.new_batches import (
     IntakeSender,
     KnownRequest,
     request_lock,
@@ -253,7 +253,8 @@ class GroupIntakeStore:
         self, engine: AsyncEngine, quotas: UserQuotas, ids: IdSource | None = None
     ) -> None:
         """`engine` runs single statements. `quotas` are those of users without overrides."""
-        self._kept = KeptConnections(engine)
+        # Two groups may be written at the same time.
+        self._kept = KeptConnections(engine, kept=2)
         self._quotas = quotas
         self.ids = ids or IdSource()
 

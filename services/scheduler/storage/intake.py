@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Final
-from typing import cast as typing_cast
+from typing import Any, Final, cast
 
 import psycopg
 import structlog
 from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Text,
     and_,
     bindparam,
-    cast,
     delete,
     exists,
     func,
@@ -31,6 +26,15 @@ from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from outbox_server.services.scheduler.storage.new_batches import (
+    BegunBatch,
+    FinishedBatch,
+    IntakeCounts,
+    IntakeSender,
+    KnownRequest,
+    batch_values,
+    request_lock,
+)
 from outbox_server.services.scheduler.storage.spreading import (
     COPY_SPREAD_JOBS,
     Spread,
@@ -42,6 +46,7 @@ from outbox_server.services.scheduler.storage.suppressions import (
     lock_suppressions,
     suppressed_among,
 )
+from outbox_server.shared.callers import next_part
 from outbox_server.shared.database.audit_events import RecordedChange, record_change
 from outbox_server.shared.database.count_deltas import count_accepted
 from outbox_server.shared.database.erased_keys import erased_key
@@ -67,11 +72,11 @@ from outbox_server.shared.quotas.storage import (
 from outbox_server.shared.states import SuppressionForm
 from outbox_server.shared.user_quotas import UserQuotas
 
-# The seed of the keys of the advisory locks on requests. Any number would do.
-_LOCK_SPACE: Final = 0x5251
 # A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)
 _MILLISECOND: Final = timedelta(milliseconds=1)
+# How many addresses are compared with the suppressions before other calls run.
+_COMPARED_AT_ONCE: Final = 500
 # How long a call waits for another call with the same request_id. It is below the usual deadline of
 # a call.
 _LOCK_LIMIT: Final = "20s"
@@ -89,96 +94,6 @@ _COPY_REJECTIONS: Final = (
 )
 
 _log = structlog.get_logger("outbox.intake")
-
-
-@dataclass(frozen=True, slots=True)
-class IntakeSender:
-    """What an intake has to know about the sender."""
-
-    sender_id: int
-    user_id: str
-    deleted: bool
-    email: str
-    # The domains that are assigned to the sender's user.
-    domains: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class KnownRequest:
-    """A batch that was accepted under the same `request_id`."""
-
-    batch_id: int
-    request_hash: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BegunBatch:
-    """A batch whose row is written but not committed."""
-
-    batch_id: int
-    start_at: datetime
-    accepted_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class IntakeCounts:
-    """The numbers of rows by their result."""
-
-    accepted: int = 0
-    rejected: int = 0
-    duplicate: int = 0
-    suppressed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedBatch:
-    """The final counts of a batch, and how many rejections are above the quota and not stored."""
-
-    counts: IntakeCounts
-    dropped: int
-
-
-def batch_values(
-    options: BatchOptions,
-    user_id: str,
-    variable_names: Sequence[str],
-    email_column: str,
-    trace_parent: str | None,
-) -> dict[str, Any]:
-    """Return what the row of a batch has from the request."""
-    return {
-        "user_id": user_id,
-        "sender_id": options.sender_id,
-        "request_id": options.request_id,
-        "subject": options.subject,
-        "body": options.body,
-        "html": options.html,
-        "variable_names": list(variable_names),
-        "email_column": email_column or None,
-        "expire_after_ms": options.expire_after_ms,
-        "duplicates": options.duplicates,
-        "mode": options.mode,
-        "trace_parent": trace_parent,
-        "reply_to": options.reply_to,
-        "headers": [list(header) for header in options.headers] or None,
-        "name_column": options.head.name_column or None,
-        "external_id": options.external_id or None,
-        "labels": dict(options.labels) or None,
-        "row_labels": bool(options.label_columns),
-        "test": options.test,
-    }
-
-
-def request_lock(user_id: Any, request_id: Any) -> ColumnElement[int]:
-    """Return the key of the advisory lock on a `request_id` of a user.
-
-    Whoever writes a batch holds it until the commit. So others can test whether a batch with this
-    id is being written, without waiting for the end of an upload.
-    """
-    text = cast(user_id, Text) + literal("\n", Text) + cast(request_id, Text)
-    # The key has all 64 bits, so that nobody can find another request with the same key, which
-    # would have to wait for their upload.
-    return func.hashtextextended(text, literal(_LOCK_SPACE, BigInteger))
 
 
 class IntakeStore:
@@ -229,7 +144,7 @@ class IntakeStore:
         """Open the transaction. It is committed at the end of the block, or rolled back."""
         async with self._engine.begin() as connection:
             raw = await connection.get_raw_connection()
-            driver = typing_cast(psycopg.AsyncConnection[Any], raw.driver_connection)
+            driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
             try:
                 yield IntakeTransaction(connection, driver, self._quotas, self._ids)
             except psycopg.OperationalError:
@@ -254,7 +169,7 @@ class IntakeTransaction:
         self._ids = ids
         # Number of jobs that wait in the temporary table of a spread batch.
         self._unplaced = 0
-        # For COPY, which SQLAlchemy does not have. It runs in the same transaction.
+        # psycopg's connection, for COPY, which SQLAlchemy lacks. It has the same transaction.
         self._driver = driver
         self._erased: bool | None = None
 
@@ -324,12 +239,17 @@ class IntakeTransaction:
         if not (await self._connection.execute(some)).scalar_one():
             return set()
         erased = await self._has_erased(user_id)
-        return await suppressed_among(self._connection, user_id, recipients, erased=erased)
+        found: set[str] = set()
+        for first in range(0, len(recipients), _COMPARED_AT_ONCE):
+            await next_part()
+            each = recipients[first : first + _COMPARED_AT_ONCE]
+            found |= await suppressed_among(self._connection, user_id, each, erased=erased)
+        return found
 
     async def _has_erased(self, user_id: str) -> bool:
         """Return whether the user had an erased recipient when this was first asked.
 
-        A hash takes 3 us a row. Later erasures are found by `_drop_suppressed`.
+        Hashing takes 3 us per row. Later erasures are found by `_drop_suppressed`.
         """
         if self._erased is None:
             self._erased = await has_erased(self._connection, user_id)
@@ -353,15 +273,15 @@ class IntakeTransaction:
     async def copy_jobs(
         self,
         count: int,
-        lines_from: Callable[[int], bytes],
+        lines_from: Callable[[int], Iterable[bytes]],
         *,
         spread: bool = False,
         tagged: bool = False,
     ) -> None:
         """Write `count` jobs. With `spread`, `begin_spread` must come first.
 
-        `lines_from` returns them as `copy_format` does, numbered from its argument; with the
-        columns of ids and labels if they are `tagged`, or with `spread`.
+        `lines_from` returns them in parts as `copy_format` does, numbered from its argument; with
+        the columns of ids and labels if they are `tagged`, or with `spread`.
         """
         if spread:
             await self._copy(COPY_SPREAD_JOBS, lines_from(self._unplaced))
@@ -385,13 +305,15 @@ class IntakeTransaction:
             else:
                 return
 
-    async def copy_rejections(self, data: bytes) -> None:
-        """Write rejections formatted by `copy_format`."""
-        await self._copy(_COPY_REJECTIONS, data)
+    async def copy_rejections(self, lines: Iterable[bytes]) -> None:
+        """Write rejections formatted by `copy_format`, in parts."""
+        await self._copy(_COPY_REJECTIONS, lines)
 
-    async def _copy(self, statement: str, data: bytes) -> None:
+    async def _copy(self, statement: str, lines: Iterable[bytes]) -> None:
         async with self._driver.cursor() as cursor, cursor.copy(statement) as copy:
-            await copy.write(data)
+            for part in lines:
+                await copy.write(part)
+                await next_part()
 
     async def finish(
         self,

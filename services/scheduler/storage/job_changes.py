@@ -40,6 +40,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.storage.cancelling import end_these
 from outbox_server.services.scheduler.storage.reopening import retry_named
+from outbox_server.shared.bounds import LATEST_DUE
 from outbox_server.shared.database.cancellations import (
     BLOCK_BITS,
     BLOCK_JOBS,
@@ -60,13 +61,11 @@ from outbox_server.shared.states import JobChangeKind, JobState
 
 # The number of rows that one transaction writes, in about 0.3 s.
 WRITTEN_AT_ONCE: Final = 10_000
-# The most changes of a sender, approximately, that are not written yet. A load of its head compares
-# their batches with each job that it passes: 0.4 s for a million jobs.
+# The maximum number of changes of a sender, approximately, that are not written yet. A load of its
+# head compares their batches with each job that it passes: 0.4 s for a million jobs.
 MOST_UNWRITTEN: Final = 250
 _READ_AT_ONCE: Final = 1_000
 _BIT: Final = literal(1, BigInteger)
-# The latest time that a job may get, so that it can be shown, with its expiry.
-_LATEST: Final = datetime.fromisoformat("9990-01-01T00:00:00+00:00")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +293,7 @@ async def _reschedule(connection: AsyncConnection, change: Any, these: ColumnEle
     wanted: Any = literal(change.due_at, TIMESTAMP(timezone=True))
     if change.due_at is None:
         wanted = EmailJob.scheduled_at + literal(change.delay, INTERVAL)
-    due = func.least(func.greatest(wanted, func.statement_timestamp()), _LATEST)
+    due = func.least(func.greatest(wanted, func.statement_timestamp()), LATEST_DUE)
     expire_after = (
         select(Batch.expire_after_ms).where(Batch.id == change.batch_id).scalar_subquery()
     )

@@ -8,14 +8,6 @@ from typing import Any, Final, TypeAlias
 
 from sqlalchemy import BigInteger, ColumnElement, Select, and_, literal, true, tuple_
 
-from outbox_server.services.scheduler.filters.fields import (
-    FieldTest,
-    Filter,
-    names_only,
-    possible_values,
-    required,
-    required_value,
-)
 from outbox_server.services.scheduler.storage.conditions import (
     BATCH_OF_JOB_LEAVES,
     condition,
@@ -23,6 +15,14 @@ from outbox_server.services.scheduler.storage.conditions import (
 )
 from outbox_server.shared.database.models import Batch
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.filters.fields import (
+    FieldTest,
+    Filter,
+    names_only,
+    possible_values,
+    required,
+    required_value,
+)
 from outbox_server.shared.states import JobState
 
 # An id above all others.

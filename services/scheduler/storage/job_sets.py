@@ -1,8 +1,7 @@
 """Changes the jobs that match a filter, a part in each transaction.
 
-A part chooses some batches, locks them, and finds and stores by one statement which of their jobs
-are changed (`job_changes`). The few jobs of an address or an external id are found in the way of a
-list (`walking`), so they belong to the same user. The next part continues after the last job that
+A part chooses some batches (`job_set_rows`), locks them, and finds and stores by one statement
+which of their jobs are changed (`job_changes`). The next part continues after the last job that
 was looked at.
 """
 
@@ -14,68 +13,53 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
-    ColumnElement,
     any_,
     false,
     func,
     literal,
     select,
-    tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import (
-    FieldTest,
-    Filter,
-    required,
-    required_value,
-)
-from outbox_server.services.scheduler.filters.grammar import leaves
-from outbox_server.services.scheduler.storage import job_changes
+from outbox_server.services.scheduler.storage import job_changes, job_set_rows
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.cancelling import store_cancellations
 from outbox_server.services.scheduler.storage.conditions import condition, job_leaves, job_state
 from outbox_server.services.scheduler.storage.counted_states import has_counted
 from outbox_server.services.scheduler.storage.job_changes import NewTime
 from outbox_server.services.scheduler.storage.job_filters import (
-    LAST_ID,
     JobFilter,
     JobPosition,
     batch_condition,
-    id_after,
     is_batch_level,
 )
+from outbox_server.services.scheduler.storage.job_set_rows import SetRows, next_rows
 from outbox_server.services.scheduler.storage.walking import (
-    TROUBLE,
-    in_trouble,
     next_batches,
     skip_older,
-    walk_jobs,
 )
 from outbox_server.shared.database.cancellations import (
     BLOCK_BITS,
-    BLOCK_JOBS,
     being_cancelled,
     is_being_changed,
 )
 from outbox_server.shared.database.counts import batch_counts
 from outbox_server.shared.database.models import Batch, EmailJob, JobChange, JobChangeBlock, Sender
+from outbox_server.shared.filters.fields import (
+    FieldTest,
+    Filter,
+    required,
+)
+from outbox_server.shared.filters.grammar import leaves
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, read_quotas
 from outbox_server.shared.states import BatchState, JobChangeKind, JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
-# The number of rows that one part reads, in about 0.2 s, and the number of batches that it looks
-# at.
-_ROWS_AT_ONCE: Final = 200_000
-_BATCHES_AT_ONCE: Final = 100
-_BATCHES_SEEN: Final = 5_000
-# The number of jobs that a list finds at once.
-_FOUND_AT_ONCE: Final = 5_000
 # The rows of at most this many jobs are written in the transaction that finds them.
 _WRITTEN_WITH_THE_CHANGE: Final = 5_000
-# The most batches that one part cancels, because each needs a row lock.
+# The maximum number of batches that one part cancels, because each needs a row lock.
 _CANCELLED_BATCHES: Final = 1_000
 _WAITING: Final = FieldTest("state", "=", int(JobState.SCHEDULED))
 
@@ -123,23 +107,11 @@ class SetChange:
         return JobState.FAILED if self.kind is JobChangeKind.RETRY else JobState.SCHEDULED
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows that a part looks at: those in `place`, of some batches."""
-
-    batch_ids: Sequence[int]
-    sender_ids: frozenset[int]
-    place: ColumnElement[bool]
-    reached: JobPosition | None
-    # All rows have larger ids. A part of a batch ends with a block of `job_change_blocks`.
-    after_id: int = 0
-
-
 async def count_part(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, change: SetChange
 ) -> ChangedJobs:
     """Count some jobs that match, and change nothing."""
-    rows = await _next_rows(connection, which, after, change)
+    rows = await next_rows(connection, which, after, change.state, change.job_ids)
     if not rows.batch_ids:
         return ChangedJobs(reached=rows.reached)
     batch_ids = (await connection.scalars(_changeable(rows, change))).all()
@@ -156,7 +128,7 @@ async def change_part(
     Raises:
         ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
     """
-    rows = await _next_rows(connection, which, after, change)
+    rows = await next_rows(connection, which, after, change.state, change.job_ids)
     earlier = await _unwritten_before(connection, which, after, rows, change.kind)
     if earlier:
         return ChangedJobs(0, earlier, after, waits=True)
@@ -187,7 +159,7 @@ async def change_part(
     return ChangedJobs(jobs, senders, rows.reached)
 
 
-def _changeable(rows: _Rows, change: SetChange) -> Any:
+def _changeable(rows: SetRows, change: SetChange) -> Any:
     """Return the statement that reads the batches whose jobs can be changed, with their owners."""
     these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
     found: Any = select(Batch.id, Batch.user_id)
@@ -200,7 +172,7 @@ def _changeable(rows: _Rows, change: SetChange) -> Any:
     return found
 
 
-async def _lock_active(connection: AsyncConnection, rows: _Rows, change: SetChange) -> Any:
+async def _lock_active(connection: AsyncConnection, rows: SetRows, change: SetChange) -> Any:
     """Lock the batches whose jobs can be changed, and for a retry their owner."""
     if change.quotas is not None:
         these = Batch.id == any_(literal(rows.batch_ids, ARRAY(BigInteger)))
@@ -217,7 +189,7 @@ async def _unwritten_before(
     connection: AsyncConnection,
     which: JobFilter,
     after: JobPosition,
-    rows: _Rows,
+    rows: SetRows,
     kind: JobChangeKind,
 ) -> frozenset[int]:
     """Return the senders whose earlier changes must be written first.
@@ -268,95 +240,6 @@ async def _waits_for_times(
     return bool(await connection.scalar(select(again.exists())))
 
 
-async def _next_rows(
-    connection: AsyncConnection, which: JobFilter, after: JobPosition, change: SetChange
-) -> _Rows:
-    """Return the next rows to look at."""
-    state = change.state
-    if not which.states:
-        return _Rows((), frozenset(), false(), None)
-    if change.job_ids is not None:
-        return await _named_rows(connection, which, change.job_ids)
-    if any(required_value(which.tree, field)[0] for field in ("recipient", "external_id")):
-        return await _few_rows(connection, which, after)
-    after = await skip_older(connection, which, after)
-    batches = next_batches(which, after).add_columns(Batch.sender_id)
-    found = await search(
-        connection,
-        batches.where(Batch.state == BatchState.ACTIVE),
-        Batch.id,
-        batch_condition(which.tree) & has_counted({state}),
-        _BATCHES_AT_ONCE,
-        descending=False,
-        most=_BATCHES_SEEN,
-    )
-    last = found.rows[-1].id if len(found.rows) == _BATCHES_AT_ONCE else found.reached
-    reached = None if last is None else which.after_batch(last)
-    sizes = {batch.id: batch.accepted_count for batch in found.rows}
-    indexed = _by_index(state)
-    if indexed is not None:
-        for batch_id, counts in (await batch_counts(connection, sizes)).items():
-            sizes[batch_id] = sum(counts[each] for each in TROUBLE)
-    taken: list[Any] = []
-    rows, after_id = 0, 0
-    for batch in found.rows:
-        if taken and rows + sizes[batch.id] > _ROWS_AT_ONCE:
-            reached = which.after_batch(taken[-1].id)
-            break
-        taken.append(batch)
-        rows += sizes[batch.id]
-    ids = [batch.id for batch in taken]
-    place = EmailJob.batch_id == any_(literal(ids, ARRAY(BigInteger)))
-    if rows > _ROWS_AT_ONCE or after[0] in ids:
-        # A large batch, or one that an earlier part has begun, is read in the order of its jobs.
-        first = after if after[0] == ids[0] else (ids[0], 0)
-        after_id = first[1]
-        end = await _end_of_part(connection, first, state)
-        taken, reached = taken[:1], (which.after_batch(ids[0]) if end is None else (ids[0], end))
-        ids = ids[:1]
-        place = _between(first, LAST_ID if end is None else end)
-    if indexed is not None:
-        place &= indexed
-    return _Rows(ids, frozenset(batch.sender_id for batch in taken), place, reached, after_id)
-
-
-def _between(after: JobPosition, until: int) -> ColumnElement[bool]:
-    """Return the condition that a job of a batch comes after one and not after another.
-
-    Pairs are compared, as the index by batches and jobs orders them.
-    """
-    place = tuple_(EmailJob.batch_id, EmailJob.id)
-    return (place > tuple_(*id_after(after))) & (place <= tuple_(*id_after((after[0], until))))
-
-
-def _by_index(state: JobState) -> ColumnElement[bool] | None:
-    """Return the condition of an index that has the jobs in this state and few others, if any."""
-    return in_trouble() if state in TROUBLE else None
-
-
-async def _end_of_part(
-    connection: AsyncConnection, after: JobPosition, state: JobState
-) -> int | None:
-    """Return the last job of a batch that a part reads; None if it reads all of them."""
-    jobs = select(EmailJob.id).where(_between(after, LAST_ID))
-    indexed = _by_index(state)
-    if indexed is not None:
-        jobs = jobs.where(indexed)
-    jobs = jobs.order_by(EmailJob.batch_id, EmailJob.id)
-    last = await connection.scalar(jobs.offset(_ROWS_AT_ONCE - 1).limit(1))
-    return None if last is None else last | (BLOCK_JOBS - 1)
-
-
-async def _named_rows(
-    connection: AsyncConnection, which: JobFilter, job_ids: Sequence[int]
-) -> _Rows:
-    these = EmailJob.id == any_(literal(job_ids, ARRAY(BigInteger)))
-    batches: Any = select(Batch.id, Batch.sender_id)
-    batches = batches.where(Batch.id.in_(select(EmailJob.batch_id).where(these)))
-    found = (await connection.execute(which.owned(batches))).all()
-    return _Rows([row.id for row in found], frozenset(row.sender_id for row in found), these, None)
-
-
 async def count_meant(
     connection: AsyncConnection, which: JobFilter, job_ids: Sequence[int] | None
 ) -> int:
@@ -372,24 +255,10 @@ async def count_meant(
     return int(await connection.scalar(counted) or 0)
 
 
-async def _few_rows(connection: AsyncConnection, which: JobFilter, after: JobPosition) -> _Rows:
-    walked = await walk_jobs(connection, which, after, _FOUND_AT_ONCE, rows=_FOUND_AT_ONCE)
-    found = list(walked.found)
-    reached = found[-1] if len(found) == _FOUND_AT_ONCE else walked.reached
-    batch_ids = sorted({batch_id for batch_id, _ in found})
-    if len(batch_ids) > _BATCHES_AT_ONCE:
-        batch_ids = batch_ids[:_BATCHES_AT_ONCE]
-        reached = which.after_batch(batch_ids[-1])
-    these = Batch.id == any_(literal(batch_ids, ARRAY(BigInteger)))
-    senders = await connection.scalars(select(Batch.sender_id).where(these))
-    ids = literal([job_id for _, job_id in found], ARRAY(BigInteger))
-    return _Rows(batch_ids, frozenset(senders), EmailJob.id == any_(ids), reached)
-
-
 async def _matching(
     connection: AsyncConnection,
     which: JobFilter,
-    rows: _Rows,
+    rows: SetRows,
     batch_ids: Sequence[int],
     kind: JobChangeKind,
 ) -> Any:
@@ -442,7 +311,7 @@ async def cancel_batches_part(
         batch_condition(which.tree) & waits,
         _CANCELLED_BATCHES,
         descending=False,
-        most=_ROWS_AT_ONCE,
+        most=job_set_rows.ROWS_AT_ONCE,
     )
     ids = [row.id for row in found.rows]
     last = ids[-1] if len(ids) == _CANCELLED_BATCHES else found.reached

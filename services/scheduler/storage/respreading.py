@@ -15,6 +15,7 @@ from sqlalchemy import BigInteger, any_, case, cast, delete, func, literal, sele
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, TIMESTAMP, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.shared.bounds import LATEST_DUE
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.models import (
     Batch,
@@ -29,8 +30,6 @@ from outbox_server.shared.states import JobChangeKind, JobState
 # The number of rows that one transaction changes, in about 0.4 s.
 AT_ONCE: Final = 10_000
 _MILLISECOND: Final = timedelta(milliseconds=1)
-# The latest time that a job may get, so that it can be shown, with its expiry.
-_LATEST: Final = datetime.fromisoformat("9990-01-01T00:00:00+00:00")
 
 
 async def begin_respread(
@@ -101,7 +100,7 @@ async def respread_part(
         )
         return None
     spacing = work.spacing_ms * _MILLISECOND
-    last_due = min(work.start_at + max(placed - 1, 0) * spacing, _LATEST)
+    last_due = min(work.start_at + max(placed - 1, 0) * spacing, LATEST_DUE)
     await connection.execute(delete(BatchRespread).where(this))
     # A trigger keeps the batch `respreading` while changes of its jobs are not written.
     ended = (
@@ -136,7 +135,7 @@ def _moving(batch_id: int, work: Any, limit: int) -> Any:
     millisecond = cast("1 millisecond", INTERVAL)
     start = literal(work.start_at, TIMESTAMP(timezone=True))
     planned = func.least(
-        start + places.c.place * literal(work.spacing_ms, BigInteger) * millisecond, _LATEST
+        start + places.c.place * literal(work.spacing_ms, BigInteger) * millisecond, LATEST_DUE
     )
     # A retry waits at least as long as its back-off says.
     due: Any = case(

@@ -22,7 +22,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.cancelling import cancel_batches_of
 from outbox_server.services.scheduler.storage.changes import next_revision
@@ -39,6 +38,7 @@ from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Cooldown, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.database.pauses import sender_is_active
+from outbox_server.shared.filters.fields import Filter
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.id_source import ID_TRIES, IdSource
 from outbox_server.shared.sending_hours import SendingHours
@@ -60,7 +60,7 @@ class OAuth2Record:
 
 @dataclass(frozen=True, slots=True)
 class SenderRecord:
-    """A stored sender. Of its password it says only whether one is set."""
+    """A stored sender. It says only whether a password is set, not which."""
 
     sender_id: int
     user_id: str

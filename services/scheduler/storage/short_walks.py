@@ -8,8 +8,6 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, lateral, literal, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import FieldTest, required_value
-from outbox_server.services.scheduler.filters.grammar import leaves
 from outbox_server.services.scheduler.storage.conditions import (
     JOB_LEAVES,
     condition,
@@ -28,6 +26,8 @@ from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Batch, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.filters.fields import FieldTest, required_value
+from outbox_server.shared.filters.grammar import leaves
 from outbox_server.shared.states import JobState
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

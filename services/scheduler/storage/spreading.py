@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import EmailJob
 
-# As text, because Core has no CREATE TABLE ... AS. It copies the types of `email_jobs`.
+# This is text, because Core has no CREATE TABLE ... AS, which copies the types of `email_jobs`.
 _CREATE: Final = text(
     "CREATE TEMPORARY TABLE spread_jobs ON COMMIT DROP AS SELECT 0::bigint AS place, id, batch_id,"
     " sender_id, scheduled_at, expires_at, row_number, recipient,"
@@ -95,7 +95,7 @@ async def move_spread_jobs(
     connection: AsyncConnection, spread: Spread, expire_after: timedelta | None, first_id: int
 ) -> None:
     """Move all jobs from the temporary table to `email_jobs`, with their ids and times."""
-    # Not `spacing`, whose rounding error would grow with the place.
+    # `spacing` is not used: its rounding error would grow with the place.
     way = (spread.until - spread.start).total_seconds() / max(spread.count - 1, 1)
     due = func.coalesce(
         _jobs.c.scheduled_at,

@@ -15,7 +15,6 @@ from sqlalchemy import BigInteger, ColumnElement, any_, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import FieldTest
 from outbox_server.services.scheduler.storage.cancelling import (
     SWEPT_AT_ONCE,
     EndedJobs,
@@ -32,6 +31,7 @@ from outbox_server.services.scheduler.storage.walking import walk_batches
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.models import Batch, EmailJob
 from outbox_server.shared.database.ownership import bind_call, owned_by
+from outbox_server.shared.filters.fields import FieldTest
 from outbox_server.shared.states import JobState
 
 # If there are more jobs to one address, they are found by the batches of the user instead: most of

@@ -27,7 +27,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.services.scheduler.storage.suppressing import (
@@ -39,6 +38,7 @@ from outbox_server.services.scheduler.storage.suppressing import (
 from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
 from outbox_server.shared.database.models import Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.filters.fields import Filter
 from outbox_server.shared.intake.addresses import address_key, folded_key, keys_of
 from outbox_server.shared.quotas.storage import check_suppressions
 from outbox_server.shared.states import SuppressionForm
@@ -192,7 +192,7 @@ async def insert_suppression(
 ) -> tuple[SuppressionRecord, EndedPart]:
     """Suppress an address, and end the first waiting jobs to it. `end_part` ends the rest.
 
-    If the address is suppressed already, that suppression is kept, also if it has only the hash of
+    If the address is suppressed already, that suppression is kept, even if it has only the hash of
     the address because the person was erased. `quotas` are the defaults.
 
     Raises:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from operator import gt, lt
+from typing import Any, Final
 
 from sqlalchemy import Select, func, literal, select, union
 from sqlalchemy.dialects.postgresql import insert
@@ -14,6 +15,8 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from outbox_server.shared.database.models import ApiKeyRow, Sender, Suppression, UserRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.filters.fields import Filter, Value, required_value
+from outbox_server.shared.filters.matching import selected
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS
 from outbox_server.shared.user_quotas import QUOTAS
@@ -41,6 +44,13 @@ _COLUMNS = (
     UserRow.updated_at,
 )
 
+# How many users a call reads at most to find those that match.
+_MOST_READ: Final = 1_000
+_VALUES: Final[Mapping[str, Callable[[UserRecord], Value]]] = {
+    "user_id": lambda user: user.user_id,
+    "update_time": lambda user: user.updated_at,
+}
+
 
 def _record(row: Any) -> UserRecord:
     overrides = {name: getattr(row, name) for name in QUOTAS}
@@ -61,20 +71,26 @@ async def read_user(connection: AsyncConnection, user_id: str) -> UserRecord:
     return UserRecord(user_id, dict.fromkeys(QUOTAS)) if row is None else _record(row)
 
 
-def _users_in(column: InstrumentedAttribute[Any], after: str, limit: int) -> Select[Any]:
+def _users_in(
+    column: InstrumentedAttribute[Any], after: str, limit: int, *, descending: bool
+) -> Select[Any]:
     """Return the statement that reads the first `limit` users of a table after `after`.
 
     An index must begin with the column. Each step reads one entry of it, the first one after the
     last user (a skip scan), however many rows a user has.
     """
-    first = select(column.label("user_id")).where(column > after).order_by(column).limit(1)
+    beyond = lt if descending else gt
+    order = column.desc() if descending else column.asc()
+    first = select(column.label("user_id")).where(column.is_not(None)).order_by(order).limit(1)
+    if after:
+        first = first.where(beyond(column, after))
     step = select(first.subquery().c.user_id, literal(1).label("n")).cte(
         f"{column.class_.__tablename__}_users", recursive=True
     )
     following = (
         select(column)
-        .where(column > step.c.user_id)
-        .order_by(column)
+        .where(beyond(column, step.c.user_id))
+        .order_by(order)
         .limit(1)
         .correlate(step)
         .scalar_subquery()
@@ -85,33 +101,41 @@ def _users_in(column: InstrumentedAttribute[Any], after: str, limit: int) -> Sel
     return select(step.c.user_id).where(step.c.user_id.is_not(None))
 
 
-async def list_users(connection: AsyncConnection, after: str, limit: int) -> Sequence[UserRecord]:
-    """Return the first `limit` users after `after` that Outbox knows.
+async def list_users(
+    connection: AsyncConnection, tree: Filter | None, after: str, limit: int, *, descending: bool
+) -> tuple[Sequence[UserRecord], str | None]:
+    """Return the first `limit` users after `after` ("": all) that Outbox knows and that match.
 
-    That is a sender, also a deleted one (all batches and jobs have one), a suppression, an API key,
-    or what an operator has set.
+    That is a sender, even a deleted one (all batches and jobs have one), a suppression, an API key,
+    or what an operator has set. If there are fewer, although more may follow, the id where to
+    continue is returned too.
     """
+    most = limit if tree is None else max(limit, _MOST_READ)
+    columns = (UserRow.user_id, Sender.user_id, Suppression.user_id, ApiKeyRow.user_id)
+    named, user_id = required_value(tree, "user_id")
     found = union(
         *(
-            _users_in(column, after, limit)
-            for column in (
-                UserRow.user_id,
-                Sender.user_id,
-                Suppression.user_id,
-                ApiKeyRow.user_id,
-            )
+            select(column).where(column == user_id).limit(1)
+            if named
+            else _users_in(column, after, most, descending=descending)
+            for column in columns
         )
     ).subquery("found")
-    page = select(found.c.user_id).order_by(found.c.user_id).limit(limit).subquery("page")
+    user = found.c.user_id
+    page = select(user).order_by(user.desc() if descending else user).limit(most).subquery("page")
+    place = page.c.user_id
     statement = owned_by(
-        select(page.c.user_id, *_COLUMNS[1:])
+        select(place, *_COLUMNS[1:])
         .select_from(page)
-        .join(UserRow, UserRow.user_id == page.c.user_id, isouter=True)
-        .order_by(page.c.user_id),
-        page.c.user_id,
+        .join(UserRow, UserRow.user_id == place, isouter=True)
+        .order_by(place.desc() if descending else place),
+        place,
         None,
     )
-    return [_record(row) for row in await connection.execute(statement)]
+    read = [_record(row) for row in await connection.execute(statement)]
+    matching = selected(read, tree, _VALUES)[:limit]
+    ended = len(matching) == limit or len(read) < most
+    return matching, None if ended else read[-1].user_id
 
 
 async def update_user(connection: AsyncConnection, user_id: str, values: Mapping[str, Any]) -> None:

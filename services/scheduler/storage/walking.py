@@ -32,12 +32,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import (
-    earliest,
-    latest,
-    required,
-    required_value,
-)
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.conditions import condition, job_leaves
 from outbox_server.services.scheduler.storage.counted_states import may_have
@@ -58,6 +52,12 @@ from outbox_server.services.scheduler.storage.short_walks import (
 )
 from outbox_server.shared.database.counts import batch_counts
 from outbox_server.shared.database.models import Batch, EmailJob
+from outbox_server.shared.filters.fields import (
+    earliest,
+    latest,
+    required,
+    required_value,
+)
 from outbox_server.shared.id_source import FIRST_ISSUED_ID, ids_of_time
 from outbox_server.shared.states import JobState
 

@@ -24,8 +24,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import Filter
-from outbox_server.services.scheduler.filters.resources import DeliveryState
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.services.scheduler.storage.webhooks import (
@@ -36,6 +34,8 @@ from outbox_server.services.scheduler.storage.webhooks import (
 )
 from outbox_server.shared.database.models import JobEvent, WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.events.storage import between, event_place
+from outbox_server.shared.filters.fields import Filter
+from outbox_server.shared.filters.resources import DeliveryState
 
 # A webhook with this many deliveries that will be tried again gets no new ones.
 MOST_PENDING: Final = 20
@@ -84,7 +84,7 @@ _LEAVES: Final[Mapping[str, Leaf]] = {
             else_=int(DeliveryState.FAILED),
         )
     ),
-    # As the largest type, which any number of a filter has.
+    # Compared as the largest type, because a filter may have any number.
     "event_count": column(cast(WebhookDeliveryRow.event_count, BigInteger)),
     "attempt_count": column(cast(WebhookDeliveryRow.attempts, BigInteger)),
     "http_status": column(func.coalesce(cast(WebhookDeliveryRow.http_status, BigInteger), 0)),

@@ -11,13 +11,13 @@ from sqlalchemy import case, delete, func, insert, literal, select, update
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.changes import next_revision
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.shared.database.models import WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.events.storage import find_start, read_drawn
+from outbox_server.shared.filters.fields import Filter
 from outbox_server.shared.quotas.storage import lock_and_check_webhooks
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.states import JobState

@@ -1,1 +1,0 @@
-"""The language of `filter` and `order_by` (docs/filters.md): its grammar and its fields."""
