@@ -21,7 +21,7 @@ _NO_PAUSE: Final = timedelta(0)
 class Pauses:
     """How long the loop waits after a fold, depending on its result."""
 
-    # After deltas were folded, because more will follow.
+    # The pause after deltas were folded, because more will follow.
     busy: timedelta = timedelta(seconds=1)
     # If there are no deltas, each pause doubles, up to this.
     idle: timedelta = timedelta(seconds=5)

@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput, Violations
-from outbox_server.shared.settings import format_duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +52,9 @@ def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> Planne
                 reason="RECIPIENT_COUNT_INVALID",
             )
     with wrong:
-        if not timedelta(0) <= planned.spacing <= bounds.MAX_SPACING:
-            raise InvalidInput.field(
-                f"{field}.options.spacing",
-                f"must be 0 s to 7 days (got {format_duration(planned.spacing)})",
-                reason="SPACING_INVALID",
-            )
+        bounds.check_spacing(f"{field}.options.spacing", planned.spacing)
     with wrong:
-        if (
-            planned.expire_after is not None
-            and not bounds.MIN_EXPIRE_AFTER <= planned.expire_after <= bounds.MAX_EXPIRE_AFTER
-        ):
-            raise InvalidInput.field(
-                f"{field}.options.expire_after",
-                f"must be 1 s to 366 days (got {format_duration(planned.expire_after)})",
-                reason="EXPIRE_AFTER_INVALID",
-            )
+        if planned.expire_after is not None:
+            bounds.check_expire_after(f"{field}.options.expire_after", planned.expire_after)
     wrong.raise_any()
     return planned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import fields, replace
 from typing import Any, Final
@@ -18,6 +18,14 @@ from outbox_server.services.stats.series import requested_buckets, series
 from outbox_server.services.stats.storage import WatchedSender
 from outbox_server.services.stats.storage.endpoints import EndpointCounts, read_endpoints
 from outbox_server.shared.callers import CallerKind, current_caller, effective_user, require_user
+from outbox_server.shared.errors import Violations
+from outbox_server.shared.filters.fields import Value
+from outbox_server.shared.filters.matching import selected
+from outbox_server.shared.filters.resources import (
+    ENDPOINT_FIELDS,
+    ENDPOINT_ORDERS,
+    checked_list,
+)
 from outbox_server.shared.forecast.pace import Rules
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
@@ -35,6 +43,16 @@ from outbox_server.shared.smtp.latencies import quantile
 
 _WATCHED: Final = "sender_stats"
 _MOST_ENDPOINTS: Final = 1_000
+# The values that a filter of ListEndpointStats compares.
+_ENDPOINT_VALUES: Final[Mapping[str, Callable[[EndpointCounts], Value]]] = {
+    "user_id": lambda one: one.user_id,
+    "host": lambda one: one.host,
+    "port": lambda one: one.port,
+    "attempt_count": lambda one: sum(one.replies),
+    "dispatcher_count": lambda one: one.dispatchers,
+    "circuit_open_time": lambda one: one.circuit_open_at,
+    "next_probe_time": lambda one: one.next_probe_at,
+}
 
 
 class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
@@ -82,11 +100,16 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         """Return the recent counts at the endpoints of one user, or of all users."""
         caller = current_caller()
         everyone = caller.kind in (CallerKind.OPERATOR, CallerKind.LOCAL)
-        user_id = (effective_user if everyone else require_user)(caller, request.user_id)
+        which = effective_user if everyone else require_user
+        wrong = Violations()
+        user_id = wrong.value(lambda: which(caller, request.user_id), None)
+        tree, descending = checked_list(request, ENDPOINT_FIELDS, ENDPOINT_ORDERS, wrong)
+        wrong.raise_any()
         async with self._engine.connect() as connection:
-            found = await read_endpoints(connection, user_id)
+            found = selected(await read_endpoints(connection, user_id), tree, _ENDPOINT_VALUES)
+        found.sort(key=lambda one: sum(one.replies), reverse=descending)
         return stats_service_pb2.ListEndpointStatsResponse(
-            endpoint_stats=[_endpoint_stats(one) for one in found[:_MOST_ENDPOINTS]]
+            endpoint_stats=map(_endpoint_stats, found[:_MOST_ENDPOINTS])
         )
 
     async def ForecastBatch(

@@ -67,7 +67,7 @@ class SenderStats:
     window_used: int
     hourly_limit: int
     cooldown: CooldownRecord | None
-    # Not compared, because watchers would otherwise see a change each time.
+    # It is not compared, because watchers would otherwise see a change each time.
     read_at: datetime = field(compare=False)
 
 
@@ -133,7 +133,8 @@ async def read_watched(
         }
 
 
-# The most waiting jobs of paused batches that are skipped to find the one that is sent next.
+# The maximum number of waiting jobs of paused batches that are skipped to find the one that is sent
+# next.
 _MOST_PASSED: Final = 1_000
 
 
@@ -184,7 +185,7 @@ def _sender_statement() -> Select[Any]:
     )
 
 
-# To build it for each call would take a fifth of the call's processor time.
+# Building it for each call would take a fifth of the call's processor time.
 _SENDER: Final = _sender_statement()
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.models import DispatcherRow, EndpointReportRow
 from outbox_server.shared.database.ownership import owned_by
 
-# The most rows that are read. An operator's list of a large installation is cut.
+# The maximum number of rows that are read. An operator's list of a large installation is cut.
 _MOST_READ: Final = 20_000
 _LIVE_FOR: Final = timedelta(seconds=20)
 
@@ -25,9 +25,9 @@ class EndpointCounts:
     user_id: str
     host: str
     port: int
-    # By the number of the reply class; 0 means no reply.
+    # Indexed by the number of the reply class; 0 means no reply.
     replies: Sequence[int]
-    # By bucket (`shared.smtp.latencies`).
+    # Indexed by the bucket of the latency (`shared.smtp.latencies`).
     latencies: Sequence[int]
     circuit_open_at: datetime | None
     next_probe_at: datetime | None
@@ -70,7 +70,7 @@ async def read_endpoints(
 
 
 def _sum(some: Sequence[int], others: Sequence[int]) -> list[int]:
-    # A release with more classes may run beside this one.
+    # A release with more classes may run at the same time.
     size = max(len(some), len(others))
     padded = ([*each, *[0] * (size - len(each))] for each in (some, others))
     return [a + b for a, b in zip(*padded, strict=True)]

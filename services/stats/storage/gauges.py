@@ -9,7 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.shared.database.models import Cooldown, CountDelta
 
-# The most deltas that are counted. If nothing folds them, their number grows without bound.
+# The maximum number of deltas that are counted. If nothing folds them, their number grows without
+# bound.
 _MOST_COUNTED: Final = 100_000
 
 
