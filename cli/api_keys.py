@@ -68,9 +68,10 @@ def create(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Create an API key. It is printed only once.
+    r"""Create an API key. It is printed only once.
 
-    $ outbox api-keys create --service --name reports --read-only --expire-time 'in 720h'
+    $ outbox api-keys create --service --name reports --read-only \
+      --expire-time 'in 720h'
     """
     kind = key_kind(user, name, service=service, operator=operator)
     key = ApiKey(

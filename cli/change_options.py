@@ -27,7 +27,7 @@ _Reason = Annotated[
         "--reason", "--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL
     ),
 ]
-# For commands whose `--reason` has another meaning.
+# Used by commands whose `--reason` has another meaning.
 _ChangeReason = Annotated[
     str, typer.Option("--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL)
 ]
@@ -35,7 +35,7 @@ _ChangeReason = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
-    """The values for the audit log, of a change that needs no `request_id` of its own."""
+    """The values for the audit log, of a command whose `request_id` is an option of the batch."""
 
     identity: _Identity = ""
     change_reason: _Reason = ""
@@ -46,13 +46,6 @@ class AuditOptions:
         filled.identity = self.identity
         filled.reason = self.change_reason
         return request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReasonedAuditOptions(AuditOptions):
-    """The same for a command whose `--reason` has another meaning."""
-
-    change_reason: _ChangeReason = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

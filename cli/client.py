@@ -30,7 +30,14 @@ from outbox_client import (
 )
 
 from outbox_server.cli.client_options import CONNECTION_PANEL, connection_options
-from outbox_server.cli.connection_check import SERVERS, Target, which_server, why_no_answer
+from outbox_server.cli.connection_check import (
+    SERVERS,
+    Target,
+    channel_options,
+    which_server,
+    why_no_answer,
+    why_no_connection,
+)
 from outbox_server.cli.credentials import credentials_for
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.lazy import CommandFailed
@@ -196,6 +203,7 @@ def connection_to(address: Address) -> Iterator[Client]:
         timeout=_given_timeout(),
         upload_timeout=upload_timeout(),
         retry=_RETRY,
+        options=channel_options(),
     ) as client:
         try:
             yield client
@@ -285,7 +293,10 @@ def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
     elif isinstance(error, Unavailable) and not error.reason:
         line = _about_no_answer(address, tls)
     elif isinstance(error, DeadlineExceeded):
-        line = f"no answer in time from {address}: the {address.title} may be overloaded; try again"
+        target = None if error.reason else _target_of(address, tls)
+        line = (target and why_no_connection(target)) or (
+            f"no answer in time from {address}: the {address.title} may be overloaded; try again"
+        )
     else:
         fields = [violation.field for violation in error.violations]
         line = in_flags(" ".join(str(error).split()), fields)
@@ -304,19 +315,23 @@ def in_brief(error: CallError, server: str = "") -> str:
 
 
 def _about_no_answer(address: Address, tls: Tls | None) -> str:
+    target = _target_of(address, tls)
+    return f"no answer at {address}: {address.fix}" if target is None else why_no_answer(target)
+
+
+def _target_of(address: Address, tls: Tls | None) -> Target | None:
+    """Return what to connect to, or None for another form of address, such as `unix:`."""
     found = _HOST_PORT.fullmatch(address.target)
-    if found is None:  # Another form of address, such as unix:
-        return f"no answer at {address}: {address.fix}"
-    return why_no_answer(
-        Target(
-            found[1].strip("[]"),
-            int(found[2]),
-            address.title,
-            tls,
-            str(address),
-            address.fix,
-            address.correction,
-        )
+    if found is None:
+        return None
+    return Target(
+        found[1].strip("[]"),
+        int(found[2]),
+        address.title,
+        tls,
+        str(address),
+        address.fix,
+        address.correction,
     )
 
 

@@ -12,6 +12,7 @@ import typer
 from typer.main import get_command as command_of
 
 from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.shared.durations import parse_duration
 
 # A command that has an option with this panel connects to a service, so it gets the options below.
 CONNECTION_PANEL: Final = "Connection"
@@ -19,9 +20,6 @@ _BEFORE: Final = "Options for client commands (before or after the command)"
 
 
 def _read_timeout(text: str) -> timedelta:
-    # Imported here, because `outbox --help` needs no durations, and pydantic is slow to import.
-    from outbox_server.shared.settings import parse_duration
-
     try:
         timeout = parse_duration(text)
     except ValueError as error:
@@ -65,7 +63,8 @@ class ConnectionOptions:
         _option(
             "--timeout",
             "DURATION",
-            "Limit of each call, retries included (default: 30s, uploads 1h; watches have none).",
+            "Limit of each call with its retries (default: 30s, or 5m if it may change many rows; "
+            "uploads 1h; watches none).",
             parser=_read_timeout,
         ),
     ] = None

@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from outbox_client import Tls
 
+# The time limit of a command's attempt to connect, and of each step that looks for the cause.
 _LIMIT_S: Final = 5.0
 # An HTTP/2 client's first bytes, with an empty SETTINGS frame (RFC 9113, section 3.4).
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
@@ -54,11 +55,27 @@ class Target:
     correction: str
 
 
+def channel_options() -> tuple[tuple[str, int], ...]:
+    """Return gRPC's option for the time limit of one attempt to connect."""
+    return (("grpc.min_reconnect_backoff_ms", int(_LIMIT_S * 1000)),)
+
+
 def why_no_answer(target: Target) -> str:
     """Connect again, for a few seconds at most, and return the cause and the fix in one line."""
+    wrong = why_no_connection(target) or (
+        _wrong_without_tls(target) if target.tls is None else _wrong_with_tls(target)
+    )
+    return (
+        wrong
+        or f"{target.at} closed the connection during the call{_proxy_hint(target)}; try again"
+    )
+
+
+def why_no_connection(target: Target) -> str | None:
+    """Return why no TCP connection can be made, and the fix; None if one can be made."""
     try:
         with _connected(target):
-            pass
+            return None
     except socket.gaierror:
         return f"the host name in {target.at} cannot be resolved: {target.correction}"
     except ConnectionRefusedError:
@@ -70,11 +87,6 @@ def why_no_answer(target: Target) -> str:
         )
     except OSError as error:
         return f"no connection to {target.at} ({error.strerror}): {target.fix}"
-    wrong = _wrong_without_tls(target) if target.tls is None else _wrong_with_tls(target)
-    return (
-        wrong
-        or f"{target.at} closed the connection during the call{_proxy_hint(target)}; try again"
-    )
 
 
 def which_server(address: str, tls: Tls | None, wanted: str) -> str | None:

@@ -24,7 +24,8 @@ from outbox_server.cli.terminal import note, say
 from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.embedded.supervisor import LocalSystem
 from outbox_server.deploy.record import read_record
-from outbox_server.shared.settings import Settings, format_duration, load_settings
+from outbox_server.shared.durations import format_duration
+from outbox_server.shared.settings import Settings, load_settings
 
 _WINDOW: Final = timedelta(seconds=20)
 _LIMIT: Final = 8
@@ -89,7 +90,7 @@ async def _run_demo(
     folder: Path, settings: Settings, csv: bytes, *, bundled: bool
 ) -> list[SenderReport]:
     note("starting PostgreSQL, Valkey, an inbox and the services, with two dispatchers ...")
-    # With keys, because other users of this machine can reach the ports.
+    # Callers need keys, because other users of this machine can reach the ports.
     system = LocalSystem(folder, settings, dispatchers=2, default_ports=False, keys=True, say=note)
     async with system:
         key = None if system.operator_key is None else system.operator_key.read_text().strip()

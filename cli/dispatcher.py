@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
 
-from outbox_server.cli.change_options import AuditOptions
+from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection, read_endpoints
 from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Filtering
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -69,7 +70,9 @@ def dispatcher(
             _hold()
         run("dispatcher")
     elif hold:
-        raise typer.BadParameter("holds before a dispatcher runs; use `outbox held begin`")
+        raise typer.BadParameter(
+            "--hold works only when a dispatcher starts; use `outbox held begin`"
+        )
 
 
 def _hold() -> None:
@@ -95,21 +98,25 @@ def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
         )
     others = [] if server else (read_endpoints() or {}).get("dispatchers", [])[1:]
     if others:
-        note(f"more dispatchers run: select one with --server {' or '.join(others)}")
+        note(f"several dispatchers run: choose another one with --server {' or '.join(others)}")
 
 
 @app.command(name="list")
-def list_(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+@with_option_groups
+def list_(
+    *, filtering: Filtering, server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
     """List all dispatchers of the installation that run, by asking one of them."""
+    request = pb.ListDispatchersRequest(filter=filtering.filter, order_by=filtering.order_by)
     with connection("dispatcher", server) as client:
-        found = client.dispatcher.ListDispatchers(pb.ListDispatchersRequest())
+        found = client.dispatcher.ListDispatchers(request)
     show_list(found, "dispatchers", _DISPATCHER_COLUMNS, output, what="dispatchers")
 
 
 @app.command()
 @with_option_groups
 def drain(
-    *, change: AuditOptions, server: Server = None, output: Output = OutputFormat.TABLE
+    *, change: ChangeOptions, server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
     """Let a dispatcher finish its sends in flight and take no more jobs until it is restarted."""
     with connection("dispatcher", server) as client:

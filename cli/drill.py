@@ -148,9 +148,9 @@ def drill(
     kills, pauses, outages and hangs of every part. Each fault is printed
     with the time until mail flowed again. A drill of several minutes also
     has outages of half a minute. With --production, it runs the services
-    with TLS, keys and passwords, and replaces all processes one by one
-    now and then. At the end, it ends all faults, waits for
-    the last job, and checks that every limit was kept and no mail was lost.
+    with TLS, keys and passwords, and sometimes replaces all processes, one
+    by one. At the end, it ends all faults, waits for the last job, and
+    checks that every limit was kept and no mail was lost.
 
     Exit code 1 if a promise was broken; the folder with logs, mails and
     data is then kept.
@@ -213,7 +213,7 @@ def _check_stores(wanted: list[str], *, clustered: bool, production: bool) -> No
 
 
 def _say(text: str) -> None:
-    # Only the first part. If a server did not start at once, the logs tell more.
+    # Show only the first part. If a server did not start, the logs tell more.
     note(text.partition("; /")[0].partition("\n")[0])
 
 

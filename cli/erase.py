@@ -34,7 +34,7 @@ def erase(
     """Erase the address, variables and replies of one recipient from a user's data.
 
     Waiting mail to the address is ended first, and the address stays
-    suppressed, by a hash alone. Counts stay. The command waits for mail that
+    suppressed, as a hash. Counts stay. The command waits for mail that
     is being sent. If it is interrupted, run it again.
 
     $ outbox erase ann@example.com --user acme

@@ -13,8 +13,8 @@ import typer
 from google.protobuf.message import Message
 
 from outbox_server.cli.output import print_json_line, to_document, value_at
+from outbox_server.shared.bounds import control_in
 from outbox_server.shared.intake.guarded_cells import guarded
-from outbox_server.shared.mail_headers import CONTROL
 
 
 class ExportFormat(StrEnum):
@@ -62,5 +62,5 @@ def _cell(item: Message, path: str) -> str:
     value: Any = item
     for name in path.split("."):
         value = getattr(value, name)
-    exact = isinstance(value, str) and not sys.stdout.isatty() and not CONTROL.search(value)
+    exact = isinstance(value, str) and not sys.stdout.isatty() and not control_in(value)
     return value if exact else value_at(item, path)

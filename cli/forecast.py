@@ -65,11 +65,12 @@ def forecast(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Forecast when a batch will have been sent, and which limit decides.
+    r"""Forecast when a batch will have been sent, and which limit decides.
 
     $ outbox stats forecast $BATCH
 
-    $ outbox stats forecast --sender $SENDER --recipient-count 10000 --schedule-time 'in 1h'
+    $ outbox stats forecast --sender $SENDER --recipient-count 10000 \
+      --schedule-time 'in 1h'
     """
     if bool(batch_id) == bool(sender):
         raise typer.BadParameter("give either a BATCH_ID, or --sender and --recipient-count")

@@ -62,7 +62,7 @@ def gateway(
         typer.Option(
             parser=_address,
             metavar="HOST:PORT",
-            help="The dispatcher, for operators. Not set: its calls are not offered.",
+            help="The dispatcher, for operators (default: its methods are not offered).",
         ),
     ] = None,
     tls_certificate: Annotated[
@@ -74,11 +74,11 @@ def gateway(
     ] = None,
     tls_client_ca: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="CA of client certificates, which are then required."),
+        typer.Option(metavar="FILE", help="Require client certificates of this CA."),
     ] = None,
     plaintext: Annotated[
         bool,
-        typer.Option("--plaintext", help="Allow no TLS: an ingress or a mesh encrypts."),
+        typer.Option("--plaintext", help="Serve without TLS, because an ingress or mesh encrypts."),
     ] = False,
     services_tls: Annotated[
         bool, typer.Option("--services-tls", help="Use TLS to the services.")
@@ -102,13 +102,13 @@ def gateway(
         typer.Option(
             parser=_origin,
             metavar="URL",
-            help="Let web pages of this origin call the API (CORS). May be repeated.",
+            help="Let web pages of this origin call the API (CORS). Repeatable.",
         ),
     ] = None,
     trusted_proxies: Annotated[
         int,
         typer.Option(
-            min=0, max=10, help="Number of proxies in front, whose x-forwarded-for is true."
+            min=0, max=10, help="Number of proxies in front that set x-forwarded-for correctly."
         ),
     ] = 0,
     metrics: Annotated[
@@ -135,7 +135,7 @@ def gateway(
         ),
     ] = False,
 ) -> None:
-    """Run Envoy: REST, gRPC-Web and gRPC on one port, in front of the services.
+    r"""Run Envoy: REST, gRPC-Web and gRPC on one port, in front of the services.
 
     The API is described at /openapi.json, and can be tried at /docs. GET
     /healthz answers 200 while Envoy runs. SIGTERM ends it at once, so let
@@ -144,8 +144,8 @@ def gateway(
     An address beyond loopback needs TLS, or --plaintext if something else
     encrypts. The services must require API keys: Envoy only passes them on.
 
-    $ outbox gateway --listen 0.0.0.0:8443 --tls-certificate tls.crt
-    --tls-key tls.key --scheduler scheduler:50051 --stats stats:50053
+    $ outbox gateway --listen 0.0.0.0:8443 --tls-certificate tls.crt \
+      --tls-key tls.key --scheduler scheduler:50051 --stats stats:50053
     """
     if write_only and folder is None:
         raise typer.BadParameter("--write-only needs --folder")

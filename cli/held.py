@@ -151,7 +151,7 @@ def release(
 ) -> None:
     """Release held jobs, so that they are sent; with --all, end the hold.
 
-    The filter stays in force until the hold ends, also for mail that is
+    The filter stays in force until the hold ends, even for mail that is
     accepted later. When nothing is held any more, the hold ends.
 
     $ outbox held release --sender $SENDER

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -20,7 +20,7 @@ from outbox_server.cli.key_options import (
     show_new_key,
 )
 from outbox_server.cli.lazy import CommandFailed
-from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows, utc_text
 from outbox_server.cli.terminal import note, printable, say
 
 if TYPE_CHECKING:
@@ -56,14 +56,15 @@ def create(
     expire_time: ExpireTime = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
+    r"""Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
 
     Without that variable, it is the database of `outbox up` in this folder.
     Operators of a running system can use `outbox api-keys create`.
 
     $ export OUTBOX_API_KEY=$(outbox keys create --user acme --name web)
 
-    $ outbox keys create --service --name reports --read-only --expire-time 'in 720h'
+    $ outbox keys create --service --name reports --read-only \
+      --expire-time 'in 720h'
     """
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from outbox_server.cli.database import in_one_transaction
@@ -268,6 +269,4 @@ def _cell(value: str | bool | None) -> str:
 
 
 def _time(time: datetime | None) -> str | None:
-    if time is None:
-        return None
-    return time.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return None if time is None else utc_text(time)

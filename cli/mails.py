@@ -14,7 +14,7 @@ from outbox_server.cli.flags import in_flags
 from outbox_server.cli.output import OutputFormat, show
 from outbox_server.cli.terminal import note, write_exactly
 
-# The most of a file that one call takes.
+# The maximum part of a file that one call accepts.
 _MOST_BYTES: Final = 4 * 1024 * 1024 - 256 * 1024
 _OMISSIONS: Final = {
     pb.ROW_OMISSION_NO_ROW: "there is no such row, or it is empty",

@@ -173,7 +173,7 @@ def _outbox(
     ] = False,
     before: OptionsBeforeCommand,
 ) -> None:
-    """Accepts e-mail by gRPC, and sends it by SMTP within each sender's limits. None is lost.
+    """Accepts e-mail by gRPC, sends it by SMTP within each sender's limits, and loses none.
 
     [bold]outbox demo[/bold] shows how it works; [bold]outbox up[/bold] runs it on this machine.
     """

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from outbox_server.shared.settings import parse_duration
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.shared.durations import parse_duration
 
 User = Annotated[
     str,
@@ -61,7 +63,7 @@ class Filtering:
         typer.Option(
             "--filter",
             metavar="FILTER",
-            help="Only what matches, such as 'create_time > 2026-12-01T00:00:00Z'; docs/filters.md "
+            help="Only what matches, such as 'FIELD = VALUE AND FIELD > VALUE'; docs/filters.md "
             "has the fields of each list.",
         ),
     ] = ""
@@ -220,6 +222,18 @@ def enum_reader(enum: Any, prefix: str) -> Callable[[str], int]:
     # Typer shows this name as the option's type.
     read.__name__ = "|".join(one.lower().replace("_", "-") for one in names)
     return read
+
+
+def open_input(file: Path) -> AbstractContextManager[BinaryIO]:
+    """Open a file to read; `-` is stdin, which stays open.
+
+    Raises:
+        CommandFailed: the file cannot be read.
+    """
+    try:
+        return nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
+    except OSError as error:
+        raise CommandFailed(f"{file} cannot be read: {error.strerror}") from None
 
 
 def text_or_file(text: str | None, file: Path | None, flags: str) -> str | None:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox_server.cli.terminal import note, printable
-from outbox_server.shared.settings import format_duration
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.smtp.reply_text import describe_reply
 
 # A pipe has no width: nothing is wrapped or cut in it.
@@ -210,7 +210,12 @@ def _message(value: Message) -> str:
 
 
 def _time(stamp: Timestamp) -> str:
-    return stamp.ToDatetime(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return utc_text(stamp.ToDatetime(UTC))
+
+
+def utc_text(time: datetime) -> str:
+    """Return a time as all output shows it: in UTC, to the second."""
+    return time.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def reply_of(cooldown: Any) -> str:

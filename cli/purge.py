@@ -13,8 +13,9 @@ from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import read_duration
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
 from outbox_server.cli.terminal import note
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.settings import check_retention, format_duration, load_settings
+from outbox_server.shared.settings import check_retention, load_settings
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -23,7 +22,7 @@ from outbox_server.cli.change_options import AuditOptions
 from outbox_server.cli.client import Server, connection
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.follow import follow_to_end
-from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
+from outbox_server.cli.lazy import EXIT_FAILED
 from outbox_server.cli.mail_options import HeaderOptions, TemplateOptions, read_labels
 from outbox_server.cli.mails import show_preview
 from outbox_server.cli.option_groups import with_option_groups
@@ -33,6 +32,7 @@ from outbox_server.cli.options import (
     User,
     duration_option,
     enum_reader,
+    open_input,
     read_int32,
     time_option,
     to_duration,
@@ -52,7 +52,7 @@ from outbox_server.cli.terminal import note
 
 _READ_BYTES = 64 * 1024
 _MAX_REJECTIONS_SHOWN = 10
-# The most that PreviewBatch takes.
+# The maximum number of rows that PreviewBatch accepts.
 _MAX_PREVIEWED_ROWS = 20
 _SUMMARY = (
     "batch_id",
@@ -198,7 +198,7 @@ def schedule(
 ) -> None:
     r"""Upload a CSV of recipients, of any size, as a batch.
 
-    The addresses are in the column `email`, or in one whose name says e-mail
+    The addresses are in the column `email`, or in one whose name means e-mail
     (E-mail 1 - Value, Primary Email, E-Mail-Adresse, Courriel), or in the one
     that --email-column names. Every column is a template variable. The optional
     columns subject, body, html, schedule_time and time_zone apply to their row.
@@ -208,11 +208,11 @@ def schedule(
     --header 'List-Unsubscribe: <https://example.com/u?id={{ id }}>'
     --header 'List-Unsubscribe-Post: List-Unsubscribe=One-Click'
 
-    $ outbox schedule people.csv --sender $SENDER --subject 'Hello {{ first_name }}' \
-      --body 'Good to see you.' --preview 1
+    $ outbox schedule people.csv --sender $SENDER --preview 1 \
+      --subject 'Hello {{ first_name }}' --body 'Good to see you.'
 
-    $ outbox schedule people.csv --sender $SENDER --subject 'Hello {{ first_name }}' \
-      --body 'Good to see you.' --schedule-time 'in 10m' --wait
+    $ outbox schedule people.csv --sender $SENDER --schedule-time 'in 10m' \
+      --subject 'Hello {{ first_name }}' --body 'Good to see you.' --wait
     """
     options = BatchOptions(
         request_id=request or str(uuid.uuid4()),
@@ -323,11 +323,7 @@ def _all_rejections(client: Client, answer: pb.ScheduleBatchResponse) -> Iterabl
 @contextmanager
 def _opened(file: Path, *, again: bool) -> Iterator[BinaryIO]:
     """Open the CSV. A pipe that must be read `again` is copied to a temporary file."""
-    try:
-        opened = nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
-    except OSError as error:
-        raise CommandFailed(f"{file} cannot be read: {error.strerror}") from None
-    with opened as source:
+    with open_input(file) as source:
         if not again or source.seekable():
             yield source
             return

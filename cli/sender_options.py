@@ -105,7 +105,7 @@ class SenderOptions:
     """The options of a sender, except its address."""
 
     display_name: Annotated[
-        str | None, typer.Option("--display-name", help="Name shown in From beside the address.")
+        str | None, typer.Option("--display-name", help="Name shown in From before the address.")
     ] = None
     hourly_limit: Annotated[
         int | None,

@@ -66,16 +66,18 @@ def create(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Create a sender.
+    r"""Create a sender.
 
-    $ outbox senders create --user acme --email news@example.com --hourly-limit 200 --min-gap 2s
+    $ outbox senders create --user acme --email news@example.com \
+      --hourly-limit 200 --min-gap 2s
 
-    $ outbox senders create --user acme --email news@example.com
-    --sending-hours 'mon-fri 09:00-17:00' --sending-zone Europe/Berlin
+    $ outbox senders create --user acme --email news@example.com \
+      --sending-hours 'mon-fri 09:00-17:00' --sending-zone Europe/Berlin
 
-    $ outbox senders create --user acme --email news@example.com --smtp-preset gmail
-    --smtp-username news@example.com --oauth2-client-id ID
-    --oauth2-client-secret-file secret.txt --oauth2-refresh-token-file token.txt
+    $ outbox senders create --user acme --email news@example.com \
+      --smtp-preset gmail --smtp-username news@example.com \
+      --oauth2-client-id ID --oauth2-client-secret-file secret.txt \
+      --oauth2-refresh-token-file token.txt
     """
     request = pb.CreateSenderRequest(
         user_id=user, sender=Sender(email=email, **sender.to_fields()), validate_only=dry_run
@@ -288,7 +290,7 @@ def pause(
 ) -> None:
     """Pause a sender: it begins no more sends until it is resumed, or until a time.
 
-    $ outbox senders pause $SENDER --until 2026-12-01T08:00:00Z
+    $ outbox senders pause $SENDER --until 'in 12h'
     """
     request = pb.PauseSenderRequest(
         sender_id=sender_id, user_id=user, pause_end_time=to_timestamp(until)

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -17,10 +17,11 @@ import typer
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import duration_option
-from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows, utc_text
 from outbox_server.cli.terminal import note
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.settings import Settings, format_duration, load_settings
+from outbox_server.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -251,9 +252,7 @@ def _change_document(change: RecordedChange) -> Mapping[str, Any]:
 
 
 def _time(change: RecordedChange) -> str:
-    if change.happened_at is None:
-        return ""
-    return change.happened_at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return "" if change.happened_at is None else utc_text(change.happened_at)
 
 
 def _print_values(values: AgreedValues) -> None:

@@ -13,6 +13,7 @@ from outbox_server.cli.forecast import forecast
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     EndTime,
+    Filtering,
     Paging,
     User,
     one_user,
@@ -188,7 +189,14 @@ app.command()(series)
 
 
 @app.command()
-def endpoints(user: User = "", server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+@with_option_groups
+def endpoints(
+    *,
+    user: User = "",
+    filtering: Filtering,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
     """Show what happened lately at SMTP endpoints: replies, latencies, circuits.
 
     Lately means the last 5 to 10 minutes. An operator who names no user gets
@@ -196,7 +204,9 @@ def endpoints(user: User = "", server: Server = None, output: Output = OutputFor
 
     $ outbox stats endpoints --user acme
     """
-    request = pb.ListEndpointStatsRequest(user_id=user)
+    request = pb.ListEndpointStatsRequest(
+        user_id=user, filter=filtering.filter, order_by=filtering.order_by
+    )
     with connection("stats", server) as client:
         found = client.stats.ListEndpointStats(request)
     show_list(found, "endpoint_stats", _ENDPOINT_COLUMNS, output, what="endpoints with attempts")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, BinaryIO, Final
 
@@ -14,14 +12,12 @@ from outbox.v1.suppression_pb2 import Suppression
 
 from outbox_server.cli.change_options import (
     GuardedChangeOptions,
-    ReasonedAuditOptions,
     ReasonedChangeOptions,
 )
 from outbox_server.cli.client import Server, connection, pages, upload_timeout
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
-from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import EmailColumn, Filtering, Paging, SkipLines, User
+from outbox_server.cli.options import EmailColumn, Filtering, Paging, SkipLines, User, open_input
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
 
@@ -83,17 +79,19 @@ def import_(
     ] = "",
     email_column: EmailColumn = "",
     skip_lines: SkipLines = 0,
-    change: ReasonedAuditOptions,
+    change: ReasonedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Suppress all addresses of a CSV, such as one that `export` wrote.
+    r"""Suppress all addresses of a CSV, such as one that `export` wrote.
 
     A column `reason` has the reason of each row. A ' in front of =, +, - or @,
     which makes such a cell a text in spreadsheets, is removed. If the import is
-    interrupted, run it again: what is suppressed already stays as it is.
+    interrupted, run it again: what is suppressed already stays as it is. With
+    the same --request-id, the answer counts both runs.
 
-    $ outbox suppressions import unsubscribed.csv --user acme --reason unsubscribed
+    $ outbox suppressions import unsubscribed.csv --user acme \
+      --reason unsubscribed
     """
     first = change.of(
         pb.ImportSuppressionsRequest(
@@ -103,11 +101,7 @@ def import_(
             skip_lines=skip_lines,
         )
     )
-    try:
-        opened = nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
-    except OSError as error:
-        raise CommandFailed(f"{file} cannot be read: {error.strerror}") from None
-    with opened as source, connection("scheduler", server) as client:
+    with open_input(file) as source, connection("scheduler", server) as client:
         answer = client.suppressions.ImportSuppressions(
             _messages(first, source), timeout=upload_timeout()
         )

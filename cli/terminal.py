@@ -37,6 +37,6 @@ def write_exactly(content: bytes) -> None:
 
 
 def note(text: str) -> None:
-    """Print lines on stderr, beside the result."""
+    """Print lines on stderr, apart from the result."""
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()

@@ -46,7 +46,7 @@ from outbox_server.cli.options import User
 from outbox_server.cli.output import Output, OutputFormat, print_json, to_document
 from outbox_server.cli.top_view import SenderView, View, draw, help_screen
 
-# As many as fit on a screen and need few calls per refresh.
+# The number of senders that fit on a screen and need few calls per refresh.
 _MAX_SENDERS: Final = 30
 _REFRESH_S: Final = 1.0
 _RETRY_AFTER_S: Final = 10.0
@@ -116,7 +116,7 @@ def top(
         )
         if output is OutputFormat.JSON:
             for service, address in (("scheduler", server), ("stats", stats_server)):
-                # With its own connection, an error names the service that is in trouble.
+                # One connection per service, so that an error names the service in trouble.
                 with connection(service, address) as client:
                     client.server.GetServerInfo(GetServerInfoRequest())
             print_json(_document(monitor.refresh(strict=True)))

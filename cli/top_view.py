@@ -42,7 +42,7 @@ _MIN_REASON: Final = 40
 _MIN_REPLY: Final = 12
 _MINUTE_S: Final = 60
 _HOUR_S: Final = 3_600
-# The least width with which endpoints have their latencies.
+# The minimum width with which endpoints have their latencies.
 _LATENCIES_FROM: Final = 80
 # The space between two columns.
 _SPACE: Final = 2

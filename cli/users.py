@@ -14,7 +14,7 @@ from outbox.v1.user_pb2 import User, UserQuotas
 from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, one_user, read_duration
+from outbox_server.cli.options import Filtering, Paging, one_user, read_duration
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.shared.bounds import MAX_HOURLY_LIMIT
 
@@ -161,10 +161,17 @@ class UserLimitOptions:
 
 @app.command(name="list")
 @with_option_groups
-def list_(*, paging: Paging, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+def list_(
+    *,
+    filtering: Filtering,
+    paging: Paging,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
     """List all users: those with a sender, a suppression, an API key or settings of their own."""
+    request = pb.ListUsersRequest(filter=filtering.filter, order_by=filtering.order_by)
     with connection("scheduler", server) as client:
-        page = pages(client.users.ListUsers, pb.ListUsersRequest(), "users", paging)
+        page = pages(client.users.ListUsers, request, "users", paging)
     show_list(page, "users", _COLUMNS, output, what="users")
 
 
@@ -175,7 +182,7 @@ def show_user(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Show the quotas of a user, what it uses of them, and its domains.
+    """Show the quotas of a user, how much of each it uses, and its domains.
 
     $ outbox users show acme
     """

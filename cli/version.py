@@ -20,7 +20,7 @@ from outbox_server.cli.client import (
     key_file_of,
     read_endpoints,
 )
-from outbox_server.cli.connection_check import SERVERS
+from outbox_server.cli.connection_check import SERVERS, channel_options
 from outbox_server.cli.credentials import credentials_for
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows, to_document
 from outbox_server.shared.settings import load_settings
@@ -69,7 +69,11 @@ def _ask(asked: Address, *, required: bool) -> dict[str, Any]:
     address = asked.target
     credentials = credentials_for(address, load_settings(), asked.key_file)
     with Client(
-        address, api_key=credentials.api_key or None, tls=credentials.tls, retry=NO_RETRIES
+        address,
+        api_key=credentials.api_key or None,
+        tls=credentials.tls,
+        retry=NO_RETRIES,
+        options=channel_options(),
     ) as client:
         try:
             info = client.server.GetServerInfo(pb.GetServerInfoRequest(), timeout=_LIMIT_S)

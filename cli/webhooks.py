@@ -172,7 +172,7 @@ def rotate_secret(
             "--keep-old",
             parser=read_duration,
             metavar="DURATION",
-            help="How long the old secret signs too, such as 1h; at most 7d (default: 24h).",
+            help="How long the old secret stays in use, such as 1h; at most 7d (default: 24h).",
         ),
     ] = None,
     change: GuardedChangeOptions,
@@ -181,7 +181,7 @@ def rotate_secret(
 ) -> None:
     """Give a webhook a new secret, and show it.
 
-    Until the old one ends, requests have a signature by each of the two.
+    Until the old one ends, each request has two signatures, one by each secret.
 
     $ outbox webhooks rotate-secret $WEBHOOK --user acme --keep-old 1h
     """

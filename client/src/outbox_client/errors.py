@@ -33,7 +33,7 @@ class CallError(Exception):
             Outbox server answered (no connection, a deadline, a proxy).
         metadata: what belongs to the reason, such as `incident` of INTERNAL.
         violations: the fields that are wrong.
-        retry_delay: how long the server wants to be left alone; None if it did not say.
+        retry_delay: how long to wait before the next call; None if the server did not say.
         request_id: of a batch that may have been accepted: repeat the call with it and the batch
             exists once. None for every other call.
     """

@@ -111,7 +111,7 @@ def may_pass(error: CallError) -> bool:
     if error.code is grpc.StatusCode.UNAVAILABLE:
         return True
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and not error.reason:
-        # From a busy proxy; or from gRPC itself, for which the message will always be too large.
+        # The error of a busy proxy, or of gRPC itself, whose limit the message will always exceed.
         return "larger than max" not in error.message
     if error.code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED):
         return error.retry_delay is not None

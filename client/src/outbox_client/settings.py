@@ -13,10 +13,13 @@ from outbox_client.retries import RetryPolicy
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    # A service that is started again is found again at once, and not after the default's 20 s.
+    # The pauses between two attempts to connect: a service that is started again is found within a
+    # second.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # gRPC's option for the minimum time limit of one attempt, with TLS and the start of HTTP/2.
+    # A server ends a handshake after the same time. A far or busy server needs a second or more.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
 )
 
 
