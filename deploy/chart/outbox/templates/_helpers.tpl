@@ -13,11 +13,26 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
-{{- define "outbox.labels" -}}
+{{- define "outbox.ownLabels" -}}
 {{ include "outbox.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{/* The labels of a resource. No value replaces those that the chart needs. */}}
+{{- define "outbox.labels" -}}
+{{ merge (include "outbox.ownLabels" . | fromYaml) (.root.Values.commonLabels | default dict) | toYaml }}
+{{- end -}}
+
+{{/* The same with labels of its own: (dict "root" $ "component" NAME "own" LABELS). */}}
+{{- define "outbox.moreLabels" -}}
+{{ merge (include "outbox.ownLabels" . | fromYaml) (.own | default dict) (.root.Values.commonLabels | default dict) | toYaml }}
+{{- end -}}
+
+{{/* The values of a component: of a service, or of all jobs. */}}
+{{- define "outbox.values" -}}
+{{ (hasKey .root.Values .component) | ternary (get .root.Values .component) .root.Values.jobs | toYaml }}
 {{- end -}}
 
 {{- define "outbox.image" -}}
@@ -47,6 +62,26 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- if and .Values.tls.clientCaKey (not .Values.tls.existingSecret) -}}
 {{- fail "tls.clientCaKey: client certificates require TLS; set tls.existingSecret too" -}}
+{{- end -}}
+{{- range $component := list "scheduler" "dispatcher" "stats" "gateway" -}}
+{{- with (get $.Values $component).autoscaling -}}
+{{- if and .enabled (lt (int .maxReplicas) (int .minReplicas)) -}}
+{{- fail (printf "%s.autoscaling.maxReplicas: %d is below minReplicas, %d" $component (int .maxReplicas) (int .minReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.dispatcher.autoscaling -}}
+{{- if and (ne .lateness.source "none") (not .enabled) -}}
+{{- fail (printf "dispatcher.autoscaling.lateness.source: %s, but dispatcher.autoscaling.enabled is false" .lateness.source) -}}
+{{- end -}}
+{{- if and (ne .lateness.source "none") (not $.Values.metrics.enabled) -}}
+{{- fail (printf "dispatcher.autoscaling.lateness.source: %s needs metrics.enabled" .lateness.source) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := list "podMonitor" "prometheusRule" "dashboard" -}}
+{{- if and (get $.Values.metrics $name).enabled (not $.Values.metrics.enabled) -}}
+{{- fail (printf "metrics.%s.enabled: true, but metrics.enabled is false" $name) -}}
+{{- end -}}
 {{- end -}}
 {{- with .Values.gateway -}}
 {{- if .enabled -}}
@@ -94,9 +129,11 @@ imagePullSecrets:
 {{- end }}
 securityContext:
   runAsNonRoot: true
-  runAsUser: 65532
-  runAsGroup: 65532
-  fsGroup: 65532
+  {{- range $name, $id := .Values.podSecurityContext }}
+  {{- if not (kindIs "invalid" $id) }}
+  {{ $name }}: {{ int64 $id }}
+  {{- end }}
+  {{- end }}
   seccompProfile:
     type: RuntimeDefault
 {{- end -}}
@@ -173,11 +210,11 @@ securityContext:
 {{/* Where the pods of a component run: (dict "root" $ "component" NAME). */}}
 {{- define "outbox.placement" -}}
 {{- $root := .root -}}
-{{- $values := get $root.Values .component -}}
+{{- $values := include "outbox.values" . | fromYaml -}}
 {{- with $values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- with $root.Values.topologyKeys }}
+{{- with ternary $root.Values.topologyKeys list (hasKey $root.Values .component) }}
 topologySpreadConstraints:
   {{- range . }}
   - maxSkew: 1
@@ -200,4 +237,18 @@ tolerations:
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end -}}
+
+{{/* The rule of a NetworkPolicy that allows DNS: the values networkPolicy. */}}
+{{- define "outbox.dnsEgress" -}}
+# DNS
+- ports:
+    {{- range .dns.ports }}
+    - {protocol: UDP, port: {{ . }}}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+  {{- with .dns.to }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end -}}

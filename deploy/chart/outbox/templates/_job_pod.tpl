@@ -5,10 +5,15 @@
 {{- $root := .root -}}
 metadata:
   labels:
-    {{- include "outbox.labels" . | nindent 4 }}
+    {{- include "outbox.moreLabels" (dict "root" $root "component" .component "own" $root.Values.jobs.podLabels) | nindent 4 }}
+  {{- with $root.Values.jobs.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 spec:
   restartPolicy: Never
   {{- include "outbox.podSecurity" $root | nindent 2 }}
+  {{- include "outbox.placement" . | nindent 2 }}
   containers:
     - name: {{ .component }}
       {{- include "outbox.containerSecurity" $root | nindent 6 }}

@@ -4,10 +4,7 @@
 {{- $values := get $root.Values .component -}}
 metadata:
   labels:
-    {{- include "outbox.labels" . | nindent 4 }}
-    {{- with $values.podLabels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "outbox.moreLabels" (dict "root" $root "component" .component "own" $values.podLabels) | nindent 4 }}
   annotations:
     checksum/config: {{ include (print $root.Template.BasePath "/configmap.yaml") $root | sha256sum }}
     checksum/secrets: {{ include "outbox.secretChecksum" $root }}
