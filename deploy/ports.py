@@ -34,14 +34,30 @@ def free_port(preferred: int | None = None) -> int:
     raise AssertionError
 
 
-def _unassigned_ports() -> Iterator[int]:
-    """Yield the ports that the system assigns to no socket, each process from another one on."""
+def skip_to_part(part: int, parts: int, seed: int) -> None:
+    """Let `free_port` go on where one of several equal parts of the ports begins.
+
+    `parts` is their number, and `part` counts from 0. Processes with the same `seed` and different
+    parts find different ports, until one of them has used up its part.
+    """
+    if ports := _unassigned():
+        first = ports[(seed + part * len(ports) // parts) % len(ports)]
+        while next(_ports) != first:
+            pass
+
+
+def _unassigned() -> range:
+    """Return the ports that the system assigns to no socket."""
     try:
         assigned_from = int(_ASSIGNED.read_text("ascii").split()[0])
     except (OSError, ValueError):
-        return
-    ports = range(_FIRST, assigned_from)
-    if ports:
+        return range(0)
+    return range(_FIRST, assigned_from)
+
+
+def _unassigned_ports() -> Iterator[int]:
+    """Yield the ports that the system assigns to no socket, each process from another one on."""
+    if ports := _unassigned():
         start = secrets.randbelow(len(ports))
         yield from cycle([*ports[start:], *ports[:start]])
 

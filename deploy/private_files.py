@@ -44,7 +44,7 @@ def open_private(path: Path, flags: int) -> int:
 def write_private(path: Path, text: str) -> None:
     """Write a complete file, so that nobody reads a part of it, and no other user reads it."""
     fresh = path.with_name(f"{path.name}.new")
-    # Not a file that is there already, which may have another mode.
+    # Never use a file that exists already, because it may have another mode.
     fresh.unlink(missing_ok=True)
     with os.fdopen(open_private(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
         file.write(text)

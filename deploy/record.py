@@ -19,7 +19,7 @@ from outbox_server.shared.audit.replay import least_gap, most_in_window
 RECORD: Final = "record.jsonl"
 # A file beside the record.
 _RECEIVER_ID: Final = "receiver_id"
-# For searches in headers only. The value of a folded header is on the next line.
+# Used to search headers only. The value of a folded header is on the next line.
 MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*+(\S[^\r\n]*+)")
 
 
@@ -36,7 +36,7 @@ class ReceivedMail:
     received_at: float
     mail_from: str
     rcpt_tos: tuple[str, ...]
-    # As in the header, with angle brackets. Empty means that the mail has none.
+    # The value of the header, with angle brackets. Empty means that the mail has none.
     message_id: str
     bytes: int
     # The mail's file name in the Maildir's `new`.
@@ -174,7 +174,7 @@ def by_sender(mails: Iterable[ReceivedMail]) -> dict[str, list[ReceivedMail]]:
 
 
 def least_gap_s(mails: Iterable[ReceivedMail]) -> float | None:
-    """Return the least gap of any sender, in seconds; None if no sender sent twice."""
+    """Return the shortest gap of any sender, in seconds; None if no sender sent twice."""
     gaps = (
         least_gap((mail.started_at, mail.received_at) for mail in sent)
         for sent in by_sender(mails).values()
@@ -183,7 +183,7 @@ def least_gap_s(mails: Iterable[ReceivedMail]) -> float | None:
 
 
 def most_in_any_window(mails: Iterable[ReceivedMail], window_s: float) -> dict[str, int]:
-    """Return the most mails of each sender in any trailing window of `window_s` seconds."""
+    """Return the largest number of mails of each sender in any window of `window_s` seconds."""
     return {
         sender: most_in_window((mail.received_at for mail in sent), window_s)
         for sender, sent in by_sender(mails).items()

@@ -18,13 +18,12 @@ _TRY_PAUSE_S: Final = (0.05, 0.3)
 _CHANNEL: Final = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
+    # The minimum time limit of one attempt to connect. Shorter than TRY_LIMIT_S, so that a call may
+    # connect again after a fault has ended.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     # A connection of its own for each channel, even if several have the same address.
     ("grpc.use_local_subchannel_pool", 1),
 )
-# With this name, gRPC also sets the least time limit of a connection attempt. A TLS handshake may
-# take longer than a connection.
-_PLAIN_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 50))
-_TLS_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 2_000))
 # The codes after which a caller tries again. Any other code means a wrong request or server.
 _REPEATED: Final = frozenset(
     {
@@ -113,5 +112,5 @@ class DrillCaller:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if self._credentials is None:
-            return grpc.aio.insecure_channel(address, options=_PLAIN_CHANNEL)
-        return grpc.aio.secure_channel(address, self._credentials, options=_TLS_CHANNEL)
+            return grpc.aio.insecure_channel(address, options=_CHANNEL)
+        return grpc.aio.secure_channel(address, self._credentials, options=_CHANNEL)

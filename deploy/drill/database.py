@@ -171,7 +171,7 @@ async def markers_of(url: str, user_id: str) -> list[int] | None:
 
 
 async def are_loaded(url: str, markers: Sequence[int]) -> bool:
-    """Return whether none of the markers is left; False also if PostgreSQL cannot be reached."""
+    """Return whether no marker is left; False if PostgreSQL cannot be reached."""
     try:
         async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
             row = await (await connection.execute(_ANY_OF, [list(markers)])).fetchone()

@@ -18,7 +18,7 @@ class Kind:
     # The target. Two faults never hit the same target at once. The name of a service means one of
     # its processes.
     strikes: str
-    # The least and the longest duration, in seconds. Zeros mean that it is over at once.
+    # The shortest and the longest duration, in seconds. Zeros mean that it is over at once.
     lasts: tuple[float, float] = (0.0, 0.0)
     # The seed picks one of them. Empty means that there are no variants.
     variants: tuple[str, ...] = ()
@@ -38,9 +38,9 @@ SLOW_REPLY_S: Final = LEASE_S * 1.5
 LAG_S: Final = 0.1
 OUTAGE_S: Final = 30.0
 _OUTAGE_TEXT: Final = f"unreachable for {OUTAGE_S:.0f} s: connections cut and refused"
-# From the start of one outage to the next, so that half of the time or more has no outage.
+# The time from the start of one outage to the next. At least half of it has no outage.
 _OUTAGE_PAUSES_S: Final = (60.0, 90.0)
-# The least time from the end of the last outage to the end of the drill.
+# The minimum time from the end of the last outage to the end of the drill.
 _OUTAGE_CALM_S: Final = 20.0
 # A drill of this length always has an outage.
 OUTAGE_DRILL_S: Final = _OUTAGE_PAUSES_S[1] + OUTAGE_S + _OUTAGE_CALM_S
@@ -225,7 +225,7 @@ CLOCK_KINDS: Final = frozenset({"dispatcher_clock", "redis_clock"})
 # outages.
 _FIRST_ROLLOUT_S: Final = (2.0, 5.0)
 _ROLLOUT_PAUSES_S: Final = (60.0, 100.0)
-# The least time from the start of a later one to the end of the drill.
+# The minimum time from the start of a later one to the end of the drill.
 _ROLLOUT_CALM_S: Final = 60.0
 
 # When the first fault of the stores comes, and the time from one to the next: a node that was
@@ -235,7 +235,7 @@ _STORE_PAUSES_S: Final = (14.0, 22.0)
 
 _FIRST_OPERATION_S: Final = (5.0, 15.0)
 _OPERATION_PAUSES_S: Final = (25.0, 40.0)
-# The least time from the start of an operation to the end of the drill.
+# The minimum time from the start of an operation to the end of the drill.
 _OPERATION_CALM_S: Final = 20.0
 
 # The time from one fault to the next, so that faults come both alone and overlapping.

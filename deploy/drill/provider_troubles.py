@@ -91,7 +91,7 @@ def _always(
     return dataclasses.replace(_BASE, always=(reply,))
 
 
-# By the fault and its variant.
+# The keys are the fault and its variant.
 PROVIDER_TROUBLES: Final[Mapping[tuple[str, str], Profile]] = {
     ("smtp_daily_quota", "gmail"): _daily(GMAIL),
     ("smtp_daily_quota", "exchange"): _daily(EXCHANGE_ONLINE),

@@ -178,7 +178,7 @@ class DrillStack:
                         ports["postgres"], "outbox", OWNER
                     ),
                     "OUTBOX_REDIS_URL": f"redis://:{redis_password}@{LOOPBACK}:{ports['redis']}/0",
-                    # With a name and a password, so that there is an AUTH to fail.
+                    # A name and a password are set, so that there is an AUTH to fail.
                     "OUTBOX_SMTP_URL": f"smtp://drill:drill@{LOOPBACK}:{ports['smtp']}",
                     "OUTBOX_SMTP_ALLOW": LOOPBACK,
                     "SSL_CERT_FILE": str(self._trusted.public),

@@ -17,7 +17,7 @@ from outbox_server.deploy.embedded.pgbouncer import PgBouncer
 from outbox_server.deploy.embedded.replication import Replication
 from outbox_server.shared.queue.keys import ShardKeys
 
-# For a failover, or for a node that comes back and copies the data of its new primary.
+# The limit of a failover, and of a node that comes back and copies its new primary's data.
 _PATIENCE_S: Final = 60.0
 
 

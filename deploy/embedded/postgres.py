@@ -227,7 +227,7 @@ class PostgresServer(LocalServer):
         )
 
     async def _require_passwords(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
-        """Make every login need a password, also in the data folder of an earlier release.
+        """Make every login need a password, even in the data folder of an earlier release.
 
         The superuser's is set while no server runs, so there is no moment without a password.
         """

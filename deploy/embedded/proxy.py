@@ -40,7 +40,7 @@ class TcpProxy:
     async def __aenter__(self) -> Self:
         """Listen on a free port."""
         self._socket.setblocking(False)
-        # So that its own old connections do not keep it from listening again.
+        # Otherwise its own old connections would keep it from listening again.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Bind a number: Linux releases a port that it picked itself whenever nobody listens.
         self._socket.bind((LOOPBACK, free_port()))

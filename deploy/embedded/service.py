@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.ports import LOOPBACK, free_port
-from outbox_server.shared.settings import Settings, format_duration
+from outbox_server.shared.durations import format_duration
+from outbox_server.shared.settings import Settings
 
 # Importing a service takes Python a second, and several when the machine is busy.
 _START_LIMIT_S: Final = 60.0
@@ -24,8 +25,9 @@ _CHECK_LIMIT_S: Final = 1.0
 _BESIDE_GRACE_S: Final = 3.0
 _CHANNEL: Final = (
     ("grpc.initial_reconnect_backoff_ms", 20),
-    ("grpc.min_reconnect_backoff_ms", 20),
     ("grpc.max_reconnect_backoff_ms", 50),
+    # The minimum time limit of one attempt to connect: as long as a check may take.
+    ("grpc.min_reconnect_backoff_ms", int(_CHECK_LIMIT_S * 1000)),
     # Do not reuse the connection to an earlier process with the same address.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -94,7 +94,7 @@ def _copy(trees: Sequence[Path], target: Path) -> None:
     try:
         for tree in trees:
             shutil.copytree(tree, fresh / tree.name, symlinks=True)
-        # Everybody may read it, also if the installation had a umask of 077.
+        # Everybody may read it, even if the installation had a umask of 077.
         for path in (fresh, *fresh.rglob("*")):
             if not path.is_symlink():
                 mode = path.stat().st_mode

@@ -68,7 +68,7 @@ def _listener(gateway: Gateway, services: Sequence[GatewayService]) -> dict[str,
     chain: dict[str, Any] = {"filters": [_http_manager(gateway, services)]}
     if gateway.tls is not None:
         chain["transport_socket"] = server_tls(gateway, gateway.tls)
-        # Without it a handshake may last for ever.
+        # Without this limit, a handshake may last for ever.
         chain["transport_socket_connect_timeout"] = seconds(HANDSHAKE_LIMIT)
     return {
         "name": "gateway",

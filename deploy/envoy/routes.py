@@ -191,7 +191,7 @@ def _target(process: str, kind: CallKind) -> dict[str, Any]:
         "cluster": process,
         # This limit would count from the end of the request. The one below counts from its start.
         "timeout": "0s",
-        # Only where the server cannot have seen the call.
+        # Retry only if the server cannot have seen the call.
         "retry_policy": {"retry_on": "connect-failure,refused-stream", "num_retries": 2},
     }
     if kind is CallKind.UNARY:

@@ -192,7 +192,7 @@ class _Calls:
                 "text/csv": {"schema": {"type": "string", "contentMediaType": "text/csv"}}
             }
         elif verb == "patch":
-            # Only what changes is sent.
+            # A PATCH has only the fields that change.
             schema = self._schemas.message(field.proto.type_name, Direction.INPUT, required=False)
             content = {"application/json": {"schema": schema}}
         else:

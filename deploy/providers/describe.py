@@ -14,7 +14,7 @@ from outbox_server.deploy.providers.profile import (
     Profile,
     RefusingReply,
 )
-from outbox_server.shared.settings import format_duration
+from outbox_server.shared.durations import format_duration
 
 _LONGEST_REPLY: Final = 100
 _FIELD: Final = re.compile(r"\{\w+\}")

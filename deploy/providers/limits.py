@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-# The most accounts, triplets or mailboxes that are remembered at once.
+# The maximum number of accounts, triplets or mailboxes that are remembered at once.
 MOST_KEYS: Final = 100_000
 
 

@@ -49,7 +49,7 @@ class GivenReply:
     """A refusing reply as it is sent on one connection."""
 
     refusing: RefusingReply
-    # With codes, without the last line end.
+    # The text has the codes, and no line end at the end.
     reply: str
 
 

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, Final
 
 from outbox_server.deploy.providers.limits import Bounded
 
-# The most mails that are kept. The counts include older ones.
+# The maximum number of mails that are kept. The counts include older ones.
 MOST_MAILS: Final = 100_000
-# The most Message-IDs that are kept, to recognise copies.
+# The maximum number of Message-IDs that are kept, to recognise copies.
 MOST_MESSAGE_IDS: Final = 1_000_000
-# The most different replies and EHLO names. All further ones are counted together.
+# The maximum number of different replies and EHLO names. All further ones are counted together.
 _MOST_NAMES: Final = 200
 _OTHERS: Final = "others"
 _LONGEST_NAME: Final = 200
@@ -58,7 +58,7 @@ class Tally:
         self.open_connections = 0
         self.most_open_connections = 0
         self.mails: deque[AcceptedMail] = deque(maxlen=MOST_MAILS)
-        # By the first line of the reply.
+        # The keys are first lines of replies.
         self.refusals: Counter[str] = Counter()
         # Mails that were permanently refused; for refusals at RCPT, recipients.
         self.refused_for_good = 0

@@ -104,7 +104,7 @@ class Wire:
             ConnectionEndedError: the client has closed the connection.
             TimeoutError: the client was idle for too long.
         """
-        # So that the end of a body is also found if the body is only the final dot.
+        # Then the end of a body is also found if the body is only the final dot.
         self._received[:0] = b"\r\n"
         body, size = bytearray(), 0
         while (end := self._received.find(_END_OF_BODY)) < 0:
