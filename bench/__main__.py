@@ -143,8 +143,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds of each contender (default: 3)")
     parser.add_argument("--docs", action="store_true", help="write the figures into docs/, too")
     options = parser.parse_args()
-    names = options.row or list(ROWS)
-    if unknown := [name for name in names if name not in ROWS]:
+    names = [name for name in ROWS if name in options.row] or list(ROWS)
+    if unknown := [name for name in options.row if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}")
     base = SHORT if options.short else BenchSize()
     size = BenchSize(

@@ -31,6 +31,8 @@ LATER: Final = timedelta(days=30)
 LARGE: Final = "large"
 # Each of these rows ends the jobs of one large sender per round.
 _ROWS_OF_LARGE: Final = 3
+# The jobs that each other sender has at least. A round of `rebuild` uses up one of each.
+_LEAST_JOBS: Final = 10
 _LEAST_LEAD_S: Final = 4.0
 
 
@@ -160,7 +162,8 @@ async def _fill(connection: Connection, senders: int, jobs: int, *, large: int) 
     cursor = await connection.execute("SELECT now() + %s", [LATER])
     row = await cursor.fetchone()
     start = row[0] if row else None
-    large = large if jobs // 10 >= 1_000 and jobs // 10 * large < jobs and senders <= 1_000 else 0
+    enough = jobs - jobs // 10 * large >= _LEAST_JOBS * senders
+    large = large if jobs // 10 >= 1_000 and enough and senders <= 1_000 else 0
     async with without_indexes(connection):
         if large:
             ids = await add_senders(connection, large, LARGE)

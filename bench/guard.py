@@ -6,7 +6,7 @@ changes both sides. bench/guard.json has the ratios of the present code; a third
 is 1.5 times the cost. If a try is above the limit it is repeated: other work on the machine raises
 single tries, and slower code raises all of them.
 
-Where other programs have taken most of the machine, even ratios say nothing: processes that wait
+Where other programs use much of the machine, even ratios say nothing: processes that wait
 for the processor find their caches cold and work in other groups. Such a try does not count, and
 if none counts, the guard says so and checks nothing.
 """
@@ -47,9 +47,9 @@ _TRIES: Final = 3
 # No try begins that would probably end after this many seconds.
 _LIMIT_S: Final = 55.0
 # A busy loop that needs more than this many seconds per second of processor time does not count.
-CROWDED: Final = 2.0
+CROWDED: Final = 1.3
 _LOOP_S: Final = 0.2
-_MAILS: Final = 3_000
+_MAILS: Final = 6_000
 _SENDERS: Final = 100
 _ROWS: Final = 60_000
 
@@ -154,7 +154,7 @@ def main() -> int:
     if record:
         tries = asyncio.run(measure(None))
         if not tries:
-            print("not recorded: other programs have taken most of the machine")
+            print("not recorded: other programs use too much of the machine")
             return 1
         ratios = {
             name: round(sorted(one[name] for one in tries)[len(tries) // 2], 2) for name in tries[0]
@@ -168,7 +168,7 @@ def main() -> int:
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     tries = asyncio.run(measure(recorded))
     if not tries:
-        print("nothing was checked: other programs have taken most of the machine")
+        print("nothing was checked: other programs use too much of the machine")
         return 0
     _say("recorded", recorded)
     for name in outdated(tries, recorded):

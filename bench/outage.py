@@ -28,7 +28,7 @@ from outbox_server.deploy.embedded.stack import Servers
 from outbox_server.deploy.record import ReceivedMail
 from outbox_server.shared.audit.replay import least_gap, most_in_window
 from outbox_server.shared.database.migrating import migrate
-from outbox_server.shared.settings import parse_duration
+from outbox_server.shared.durations import parse_duration
 from outbox_server.shared.states import AttemptOutcome, JobState
 
 SENDERS, MAILS, LIMIT = 50, 200, 50

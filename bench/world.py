@@ -59,16 +59,17 @@ class BenchStack:
             "redis": self.servers.valkey.child.pid,
         }
 
+    def environment(self, **settings: str) -> dict[str, str]:
+        """Return the environment of a process with these settings."""
+        named = {f"OUTBOX_{name.upper()}": value for name, value in settings.items()}
+        return {**self._environment, **named}
+
     @contextmanager
     def process(self, service: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run one service until the context ends."""
         listen = {"scheduler": self.scheduler, "stats": self.stats}.get(service)
         listen = listen or f"127.0.0.1:{free_port()}"
-        environment = {
-            **self._environment,
-            f"OUTBOX_{service.upper()}_LISTEN": listen,
-            **{f"OUTBOX_{name.upper()}": value for name, value in settings.items()},
-        }
+        environment = self.environment(**{f"{service}_listen": listen, **settings})
         child = subprocess.Popen(
             [sys.executable, "-m", f"outbox_server.services.{service}"], env=environment
         )
