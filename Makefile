@@ -68,12 +68,16 @@ test-unit: $(READY) ## Run the tests that need no server
 test-properties: $(READY) ## Run the property tests with 500 examples each, instead of 50
 	OUTBOX_TEST_EXAMPLES=500 $(PYTEST) -m hypothesis tests/unit
 
+.PHONY: test-search
+test-search: $(READY) ## Search for bugs of the queue and the calls with ten times the examples
+	OUTBOX_TEST_EXAMPLES=500 $(PYTEST) -m hypothesis tests/integration/queue tests/service/test_fuzz.py
+
 .PHONY: debian-stores
 debian-stores:
 	@$(PACKAGES) curl faketime postgresql-15 redis-server
 
 .PHONY: test-debian
-test-debian: debian-stores $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
+test-debian: debian-stores $(READY) ## Run the tests on Debian's PostgreSQL 15 and Redis 7.0
 	OUTBOX_TEST_STORES=debian $(PYTEST)
 
 .PHONY: mail-servers
@@ -108,12 +112,12 @@ build/checkov/ready: tests/deploy/checkov.lock
 	build/checkov/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
-.PHONY: systemd
-systemd:
-	@$(PACKAGES) iproute2 systemd
+.PHONY: deploy-packages
+deploy-packages:
+	@$(PACKAGES) iproute2 prometheus systemd
 
 .PHONY: test-deploy
-test-deploy: systemd build/checkov/ready $(READY) ## Check (as root) image, chart, manifests, compose file and units
+test-deploy: deploy-packages build/checkov/ready $(READY) ## Check (as root) image, chart, manifests, compose file and units
 	$(PYTEST) tests/deploy
 
 .PHONY: test-containers
@@ -242,3 +246,4 @@ lock: ## Resolve the dependencies again (needs uv)
 	  pyproject.toml --output-file deploy/image/production.lock
 	$(LOCK) --constraint requirements.lock deploy/image/build.in --output-file deploy/image/build.lock
 	$(LOCK) tests/deploy/checkov.in --output-file tests/deploy/checkov.lock
+	$(LOCK) tests/containers/compose.in --output-file tests/containers/compose.lock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,3 +38,11 @@ def flags(found: Any) -> set[str]:
 ALL = [leaf for name in OutboxGroup.entries for leaf in leaves(command(name), name)]
 # Probes, services and commands that talk to the stores themselves.
 NOT_CLIENTS = {"health"}
+
+
+def examples() -> Iterator[tuple[str, str]]:
+    """Yield each example in `--help`, with the words of its command, as it is printed."""
+    for path, found in ALL:
+        for paragraph in re.split(r"\n\s*\n", found.help or ""):
+            if paragraph.startswith("$ "):
+                yield path, paragraph.removeprefix("$ ")

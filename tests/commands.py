@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from outbox_server.cli.main import app
 from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler
+from tests.server_log import SERVER_LOG
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,15 @@ class CommandResult:
     stderr: str
 
 
-def run(words: list[str], stdin: bytes | None = None) -> CommandResult:
-    """Run a command in this process. With `stdin`, run it as a process that reads a pipe."""
-    if stdin is None:
-        done = CliRunner().invoke(app, words)
-        return CommandResult(done.exit_code, done.stdout, done.stderr)
+def run(words: list[str], stdin: bytes = b"") -> CommandResult:
+    """Run a command in this process, because Python takes a second to start."""
+    with SERVER_LOG.apart():
+        done = CliRunner().invoke(app, words, input=stdin)
+    return CommandResult(done.exit_code, done.stdout, done.stderr)
+
+
+def run_process(words: list[str], stdin: bytes) -> CommandResult:
+    """Run a command as a process that reads a pipe."""
     ended = subprocess.run(
         [Path(sys.executable).with_name("outbox"), *words],
         input=stdin,
@@ -39,5 +44,5 @@ def run(words: list[str], stdin: bytes | None = None) -> CommandResult:
     return CommandResult(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
-async def outbox(scheduler: Scheduler, *words: str, stdin: bytes | None = None) -> CommandResult:
+async def outbox(scheduler: Scheduler, *words: str, stdin: bytes = b"") -> CommandResult:
     return await asyncio.to_thread(run, [*words, "--server", scheduler.address], stdin)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import itertools
 import os
 import shutil
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from outbox_server.deploy.ports import skip_to_part
 
 # grpc reads this at import. Without it, a server that a test starts while a channel is open may end
 # in grpc's fork handlers, before it is PostgreSQL or Redis.
@@ -57,16 +60,30 @@ class Stores:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(statement)
 
-    def clone(self, database: str) -> str:
-        """Make a database with the whole schema and no rows; return its URL."""
+    def clone(self, database: str, template: str = TEMPLATE) -> str:
+        """Make a copy of a database, by default with the schema and no rows; return its URL."""
         from psycopg import sql
 
         self.administrate(
             sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER outbox").format(
-                sql.Identifier(database), sql.Identifier(TEMPLATE)
+                sql.Identifier(database), sql.Identifier(template)
             )
         )
         return self.postgres.url(database)
+
+
+def pytest_configure() -> None:
+    """Let each worker look for free ports in a part of them where no other worker looks.
+
+    Otherwise one worker may choose a port that another one has chosen and not bound yet.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker.startswith("gw"):
+        return
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    # All workers of a run know its id, and another run at the same time has another one.
+    run = int(hashlib.sha256(os.environ["PYTEST_XDIST_TESTRUNUID"].encode()).hexdigest(), 16)
+    skip_to_part(int(worker.removeprefix("gw")), count, run)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -152,6 +169,14 @@ def _build_schema(url: str) -> None:
     migrate(url)
 
 
+@pytest.fixture(autouse=True)
+def _log_apart() -> None:
+    """Let each test begin with the same log, whatever an earlier one has configured."""
+    from tests.server_log import write_log_apart
+
+    write_log_apart()
+
+
 @pytest.fixture(scope="session")
 def stores() -> Iterator[Stores]:
     """Start both servers, with the schema in a template database."""
@@ -212,16 +237,19 @@ def database_url(_run_database: str, _delete_rows: Callable[[], object]) -> str:
 
 
 @pytest.fixture
-def new_database(stores: Stores) -> Iterator[Callable[[], str]]:
-    """Return a function that creates a migrated database for one test and returns its URL."""
+def new_database(stores: Stores) -> Iterator[Callable[..., str]]:
+    """Return a function that creates a migrated database for one test and returns its URL.
+
+    Its argument is a database to copy instead of the empty one.
+    """
     from psycopg import sql
 
     names: list[str] = []
     numbers = itertools.count(1)
 
-    def create() -> str:
+    def create(template: str = TEMPLATE) -> str:
         names.append(f"outbox_own_{next(numbers)}")
-        return stores.clone(names[-1])
+        return stores.clone(names[-1], template)
 
     yield create
     for name in names:

@@ -10,11 +10,12 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,11 +30,18 @@ from tests.probing import serving
 
 SERVICE = "outbox.v1.DispatcherService"
 _ROOT = Path(__file__).parent.parent
-# Processes are forked from a server that has imported every module of a dispatcher. A fork takes
+# Processes are forked from a server that has imported every module of the services. A fork takes
 # 0.1 s; a new Python takes a second of CPU. The server also imports the main module, or each fork
 # would import pytest's.
 FORKS: Final = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["__main__", __name__])
+FORKS.set_forkserver_preload(
+    [
+        "__main__",
+        __name__,
+        "outbox_server.services.scheduler.server",
+        "outbox_server.services.stats.server",
+    ]
+)
 
 
 def options(
@@ -117,7 +125,8 @@ class DispatcherProcess:
 
     It is forked with every module imported. With `execute` a new Python starts, which costs a
     second of CPU more but loads a library of LD_PRELOAD.
-    `service` is another service to run in the same way.
+    `service` is another service to run in the same way. `lock_timeout` is how long the statements
+    of a dispatcher wait for a lock, instead of a second.
     """
 
     def __init__(
@@ -127,12 +136,14 @@ class DispatcherProcess:
         service: str = "dispatcher",
         *,
         execute: bool = False,
+        lock_timeout: timedelta | None = None,
     ) -> None:
         # Empty until it listens. It chooses a free port itself: a port chosen here could be taken
         # meanwhile.
         self._address = ""
         self._log = log
         self._service = service
+        self._lock_timeout = lock_timeout
         given = {f"{service}_listen": "127.0.0.1:0", **values}
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")},
@@ -166,7 +177,7 @@ class DispatcherProcess:
         self._address = ""
         self._log.touch()
         self._ports, port = self._forks.Pipe(duplex=False)
-        given = (self._service, self._environment, self._log, port)
+        given = (self._service, self._environment, self._log, port, self._lock_timeout)
         self._process = self._forks.Process(target=_run_process, args=given, daemon=True)
         await asyncio.to_thread(self._process.start)
         port.close()
@@ -234,7 +245,13 @@ class DispatcherProcess:
         return self.process.exitcode
 
 
-def _run_process(service: str, environment: Mapping[str, str], log: Path, port: Connection) -> None:
+def _run_process(
+    service: str,
+    environment: Mapping[str, str],
+    log: Path,
+    port: Connection,
+    lock_timeout: timedelta | None,
+) -> None:
     """Run a service as `python -m` does; send its port."""
     os.environ.clear()
     os.environ.update(environment)
@@ -242,7 +259,9 @@ def _run_process(service: str, environment: Mapping[str, str], log: Path, port: 
     with log.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    module = importlib.import_module(f"outbox_server.services.{service}.server")
+    module: Any = importlib.import_module(f"outbox_server.services.{service}.server")
+    if lock_timeout is not None:
+        module._LOCK_TIMEOUT = lock_timeout
     sys.exit(run_with_settings(partial(module.serve, ready=port.send)))
 
 
@@ -260,10 +279,15 @@ async def readiness(address: str) -> tuple[str, str]:
 
 @asynccontextmanager
 async def process(
-    values: Mapping[str, str], log: Path, service: str = "dispatcher", *, execute: bool = False
+    values: Mapping[str, str],
+    log: Path,
+    service: str = "dispatcher",
+    *,
+    execute: bool = False,
+    lock_timeout: timedelta | None = None,
 ) -> AsyncIterator[DispatcherProcess]:
     """Run a dispatcher, or another service, in a separate process."""
-    child = DispatcherProcess(values, log, service, execute=execute)
+    child = DispatcherProcess(values, log, service, execute=execute, lock_timeout=lock_timeout)
     await child.start()
     try:
         yield child

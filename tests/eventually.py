@@ -10,9 +10,11 @@ from typing import Any, Final, TypeVar, overload
 
 T = TypeVar("T")
 
-# The pauses between two checks of a condition. Many conditions query PostgreSQL, so pauses grow.
-_FIRST_PAUSE = 0.01
-_LONGEST_PAUSE = 0.05
+# The pauses between two checks of a condition. Many conditions query PostgreSQL or open a channel,
+# so a pause is a share of the time that was waited already.
+_SHORTEST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 0.2
+_SHARE: Final = 0.2
 # A wait ends as soon as its condition is true. This limit is for a busy machine.
 PATIENCE: Final = 120.0
 
@@ -27,16 +29,15 @@ async def eventually(condition: Callable[[], Any], deadline: float = PATIENCE) -
     Raises:
         AssertionError: it was not truthy within `deadline` seconds; the text shows its last value.
     """
-    end = time.monotonic() + deadline
-    pause = _FIRST_PAUSE
+    began = time.monotonic()
     while True:
         value = condition()
         if inspect.isawaitable(value):
             value = await value
         if value:
             return value
-        if time.monotonic() > end:
+        waited = time.monotonic() - began
+        if waited > deadline:
             name = getattr(condition, "__qualname__", repr(condition))
             raise AssertionError(f"{name} was still {value!r} after {deadline:g} s")
-        await asyncio.sleep(pause)
-        pause = min(pause * 1.2, _LONGEST_PAUSE)
+        await asyncio.sleep(min(max(_SHORTEST_PAUSE, waited * _SHARE), _LONGEST_PAUSE))

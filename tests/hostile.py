@@ -112,17 +112,24 @@ class Requests:
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)
         self._known: Mapping[str, Sequence[Any]] = {}
+        # Whether requests are to succeed.
+        self._valid = False
         # How often an optional field is set for which no valid value is known.
         self._optional = 0.3
         # How often a field of a request is invalid. Each request has one of these.
         self._wildness: tuple[float, ...] = (0.0, 0.05, 0.2, 0.9)
 
     def learn(self, known: Mapping[str, Sequence[Any]]) -> None:
-        """Set valid values by field name."""
+        """Set valid values by field name. The first value of a field suits the first of others."""
         self._known = known
 
     def prefer_valid(self) -> None:
-        """From now on, set few invalid values, and few fields whose valid values are unknown."""
+        """From now on, most requests are to succeed.
+
+        They have few invalid values, few fields whose valid values are unknown, and mostly values
+        that suit each other.
+        """
+        self._valid = True
         self._optional = 0.03
         self._wildness = (0.0, 0.05)
 
@@ -135,7 +142,8 @@ class Requests:
         """Return a stream's messages, mostly in order, each with one field of the oneof."""
         first, *others = descriptor.fields
         wildness = self._chance.choice((0.0, 0.05, 0.2))
-        fields = [first, *self._chance.choices(others, k=self._chance.randint(0, 3))]
+        least = 1 if self._valid else 0
+        fields = [first, *self._chance.choices(others, k=self._chance.randint(least, 3))]
         if self._wild(wildness):
             self._chance.shuffle(fields)
         messages = [GetMessageClass(descriptor)() for _ in fields]
@@ -176,8 +184,11 @@ class Requests:
         if self._wild(wildness):
             return 0.5
         behaviour = field.GetOptions().Extensions[field_behavior]
-        if FieldBehavior.REQUIRED in behaviour or field.name in self._known:
-            return 0.9
+        if FieldBehavior.REQUIRED in behaviour:
+            return 1.0 if self._valid else 0.9
+        if field.name in self._known:
+            # Some methods refuse a field that another one needs.
+            return 0.7 if self._valid else 0.9
         return 0.0 if FieldBehavior.OUTPUT_ONLY in behaviour else self._optional
 
     def _fill(self, message: Message, field: FieldDescriptor, wildness: float, depth: int) -> None:
@@ -212,13 +223,18 @@ class Requests:
     def _scalar(self, field: FieldDescriptor, wildness: float) -> Any:
         known = self._known.get(field.name)
         if known and not self._wild(wildness):
-            return self._chance.choice(known)
+            first = self._valid and field.name not in _NEW_EACH_TIME
+            # A few methods need another one.
+            first = first and self._chance.random() < 0.7
+            return known[0] if first else self._chance.choice(known)
         if field.enum_type is not None:
             numbers = [value.number for value in field.enum_type.values]
             return self._chance.choice([*numbers, 99, -1] if self._wild(wildness) else numbers)
         return self._chance.choice(_BY_TYPE[field.type])
 
 
+# Fields whose value may not be used twice.
+_NEW_EACH_TIME: Final = ("request_id",)
 _LONG: Final = (FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_SINT64)
 _BY_TYPE: Final[Mapping[int, Sequence[Any]]] = {
     FieldDescriptor.TYPE_STRING: TEXTS,

@@ -6,10 +6,10 @@ from functools import partial
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.filters.fields import FieldTest, both
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.job_sets import SetChange, change_part
+from outbox_server.shared.filters.fields import FieldTest, both
 from outbox_server.shared.states import JobChangeKind, JobState
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, field
@@ -34,13 +32,14 @@ from outbox.v1 import (
     webhook_service_pb2_grpc,
 )
 
-from outbox_server.deploy.ports import free_port
 from outbox_server.services.scheduler.server import serve
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.settings import Settings, load_settings
+from tests.dispatchers import DispatcherProcess, process
 from tests.eventually import PATIENCE
 from tests.kept_connection import KeptConnection
 from tests.kept_status import keep_status
+from tests.patience import be_patient
 
 # Nothing listens there: the port is reserved for a service that no system runs any more.
 NO_RELAY: Final = "smtp://127.0.0.1:1"
@@ -49,6 +48,7 @@ _OF_ROWS: Final = ("DELETE ", "INSERT ", "SELECT ", "UPDATE ", "WITH ")
 
 _request_ids = itertools.count(1)
 keep_status()
+be_patient()
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,29 @@ class Scheduler:
         with self._connect() as connection:
             connection.execute(statement.encode(), parameters)
 
+    def end_jobs(self, state: int, which: str = "true", *parameters: Any) -> None:
+        """Move the open jobs for which an SQL condition is true to a state, and count them."""
+        self.execute(
+            "WITH moved AS (UPDATE email_jobs SET state = %s, attempt = 1, finished_at = now(),"
+            f" lease_until = NULL WHERE state IN (1, 2) AND ({which})"
+            " RETURNING sender_id, batch_id)"
+            " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+            " SELECT sender_id, batch_id, date_trunc('hour', now()), s,"
+            " CASE s WHEN 1 THEN -count(*) ELSE count(*) END"
+            " FROM moved, unnest(ARRAY[1, %s]) AS s GROUP BY 1, 2, s",
+            *(int(state), *parameters, int(state)),
+        )
+
+    def refuse_jobs(self, reply: str, which: str, *parameters: Any) -> None:
+        """Store an attempt that was refused with 550 for jobs that `end_jobs` has ended."""
+        self.execute(
+            "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at,"
+            " outcome, counted, smtp_code, message)"
+            " SELECT id, 1, sender_id, now(), now(), 3, true, 550, %s FROM email_jobs"
+            f" WHERE {which}",
+            *(reply, *parameters),
+        )
+
     async def define(self, statement: str) -> None:
         """Change the schema directly.
 
@@ -246,27 +269,14 @@ async def running_scheduler(
 @asynccontextmanager
 async def scheduler_process(
     database_url: str, redis_url: str, folder: Path, address: str | None = None
-) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+) -> AsyncIterator[tuple[DispatcherProcess, str]]:
     """Run a scheduler as a separate process, which can be killed and paused; yield its address."""
-    address = address or f"127.0.0.1:{free_port()}"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "outbox_server.services.scheduler",
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path.cwd()),
-            "OUTBOX_DATABASE_URL": database_url,
-            "OUTBOX_REDIS_URL": redis_url,
-            "OUTBOX_SCHEDULER_LISTEN": address,
-            "OUTBOX_AUTH": "off",
-            "OUTBOX_LOG_LEVEL": "warning",
-        },
-    )
-    try:
-        yield process, address
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    values = {
+        "database_url": database_url,
+        "redis_url": redis_url,
+        "scheduler_listen": address or "127.0.0.1:0",
+        "auth": "off",
+        "log_level": "warning",
+    }
+    async with process(values, folder / "scheduler.log", "scheduler") as scheduler:
+        yield scheduler, await scheduler.address()

@@ -17,9 +17,10 @@ from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import ReplyRules
 from outbox_server.shared.states import SmtpSecurity
 from outbox_server.shared.tls import TlsContexts
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.smtp_servers import ScriptedServer
 
+# The limit for a reply of a server that hangs. Servers that answer get a long one.
 LIMIT: Final = 0.2
 MAIL: Final = Envelope("a@x.test", "b@y.test", b"Subject: s\r\n\r\nHello\r\n", needs_smtputf8=False)
 
@@ -34,7 +35,7 @@ class PoolClock:
         return self.now
 
 
-def pool_of(*, timeout: float = LIMIT, **settings: Any) -> SmtpPool:
+def pool_of(*, timeout: float = PATIENCE, **settings: Any) -> SmtpPool:
     defaults: dict[str, Any] = {
         "limits": PhaseLimits.of(timeout),
         "rules": ReplyRules.load(""),

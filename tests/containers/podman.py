@@ -27,6 +27,7 @@ import yaml
 from tests.eventually import PATIENCE
 
 _FOLDER: Final = Path(__file__).parents[2] / "build" / "containers"
+_COMPOSE: Final = _FOLDER / "compose" / "bin" / "podman-compose"
 IMAGE: Final = "localhost/outbox:test"
 # The ports of the chart.
 PORTS: Final = (50051, 50052, 50053, 50060, 8080, 9090)
@@ -40,14 +41,34 @@ Resource = dict[str, Any]
 
 async def podman(*words: str | Path, stdin: str = "", may_fail: bool = False) -> str:
     """Run a command of podman; return its output, or with `may_fail` also that of a failure."""
+    return await _run("podman", *words, stdin=stdin, may_fail=may_fail)
+
+
+async def podman_compose(folder: Path, variables: Mapping[str, str], *words: str) -> str:
+    """Run a command of podman-compose on the file compose.yaml in a folder."""
+    return await _run(_COMPOSE, *words, folder=folder, variables=variables)
+
+
+async def _run(
+    program: str | Path,
+    *words: str | Path,
+    stdin: str = "",
+    may_fail: bool = False,
+    folder: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     process = await asyncio.create_subprocess_exec(
-        "podman",
+        program,
         *words,
         env={
             "PATH": os.environ["PATH"],
             "CONTAINERS_CONF": str(_FOLDER / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(_FOLDER / "storage.conf"),
+            # The timers of health checks need systemd.
+            "DISABLE_HC_SYSTEMD": "true",
+            **(variables or {}),
         },
+        cwd=folder,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -61,7 +82,7 @@ async def podman(*words: str | Path, stdin: str = "", may_fail: bool = False) ->
             await process.wait()
         raise
     text = output.decode()
-    assert may_fail or process.returncode == 0, f"podman {words}: {text}"
+    assert may_fail or process.returncode == 0, f"{program} {words}: {text}"
     return text
 
 

@@ -62,7 +62,7 @@ fi
 trap 'cannot "line $LINENO: $BASH_COMMAND failed"' ERR
 mkdir -p "$TARGET"
 (($(id -u) == 0)) || cannot "containers with overlay mounts need root"
-tests/install_packages.sh mmdebstrap buildah podman runc netavark catatonit iproute2 \
+tests/install_packages.sh mmdebstrap buildah podman runc netavark aardvark-dns iptables catatonit iproute2 \
   >"$TARGET/log" 2>&1 || cannot "apt-get cannot install podman: $(last_line "$TARGET/log")"
 unshare --net true 2>"$TARGET/log" || cannot "$(last_line "$TARGET/log")"
 free="$(df --output=avail --block-size=1G "$TARGET" | tail -n 1)"
@@ -109,6 +109,7 @@ events_logger = "file"
 tmp_dir = "$run/libpod"
 [network]
 network_backend = "netavark"
+network_config_dir = "$run/networks"
 EOF
 
 # Before minutes are spent on the image: does a container in a pod, with limits, run here?
@@ -149,6 +150,24 @@ if ! $short && ! buildah inspect --type image "$HOST" >/dev/null 2>&1; then
   derive "$BASE" "$HOST" sh -c \
     'apt-get update -qq && apt-get install -y -qq --no-install-recommends systemd &&
      apt-get clean && rm -r /var/lib/apt/lists'
+fi
+
+if ! $short && [[ ! -x $TARGET/compose/bin/podman-compose ]]; then
+  say "installing podman-compose"
+  python3 -m venv "$TARGET/compose"
+  "$TARGET/compose/bin/pip" install --quiet --disable-pip-version-check --require-hashes \
+    --requirement tests/containers/compose.lock >"$TARGET/log" 2>&1 ||
+    cannot "pip cannot install podman-compose: $(last_line "$TARGET/log")"
+fi
+# The images of compose.yaml that are not ours, with Debian's servers in them.
+if ! $short; then
+  say "making the images that stand in for those of others"
+  while read -r name image; do
+    buildah build --isolation chroot --network host --layers --build-arg BASE="$BASE" \
+      --target "$name" --tag "$image" --file tests/containers/stand_ins/Containerfile \
+      tests/containers/stand_ins >"$TARGET/log" 2>&1 ||
+      cannot "buildah cannot make $image: $(last_line "$TARGET/log") (all of it: $TARGET/log)"
+  done < <(.venv/bin/python -m tests.containers.compose_images)
 fi
 
 wheels="$TARGET/wheels"

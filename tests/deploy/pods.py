@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -185,22 +185,20 @@ class Namespace:
     def __init__(
         self, resources: list[Resource], secrets: Mapping[str, Mapping[str, str]], folder: Path
     ) -> None:
-        self._templates = {
-            one["metadata"]["labels"]["app.kubernetes.io/component"]: one["spec"]["template"]
-            for one in resources
-            if one["kind"] in ("Deployment", "StatefulSet", "Job")
-        }
+        self._templates = dict(_templates(resources))
         self._config = {
             one["metadata"]["name"]: one["data"] for one in resources if one["kind"] == "ConfigMap"
         }
         self._secrets, self._folder, self._count = secrets, folder, 0
 
     @asynccontextmanager
-    async def pod(self, component: str) -> AsyncIterator[Pod]:
-        """Run a new pod of a component."""
+    async def pod(self, component: str, *, server: str = "") -> AsyncIterator[Pod]:
+        """Run a new pod of a component. `server` replaces its last argument, an address."""
         self._count += 1
         folder = self._folder / f"{component}-{self._count}"
         pod = Pod(self._templates[component], self._config, self._secrets, folder)
+        if server:
+            pod.container = {**pod.container, "args": [*pod.container["args"][:-1], server]}
         await pod.start()
         assert pod.process is not None
         try:
@@ -211,10 +209,23 @@ class Namespace:
                 os.kill(pod.process_one(), signal.SIGKILL)
                 await pod.process.wait()
 
-    async def job(self, component: str) -> tuple[int, str]:
+    async def job(self, component: str, *, server: str = "") -> tuple[int, str]:
         """Run a job until it ends; return its exit code and its output."""
-        async with self.pod(component) as pod:
+        async with self.pod(component, server=server) as pod:
             return await pod.wait(), pod.log
+
+
+def _templates(resources: list[Resource]) -> Iterator[tuple[str, Resource]]:
+    """The pod templates of a chart; for a pod with several containers, one for each."""
+    for one in resources:
+        if one["kind"] not in ("Deployment", "StatefulSet", "Job"):
+            continue
+        component = one["metadata"]["labels"]["app.kubernetes.io/component"]
+        template = one["spec"]["template"]
+        containers = template["spec"]["containers"]
+        for container in containers:
+            name = component if len(containers) == 1 else f"{component}-{container['name']}"
+            yield name, {**template, "spec": {**template["spec"], "containers": [container]}}
 
 
 def _entry_point() -> str:

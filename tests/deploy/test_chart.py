@@ -14,6 +14,7 @@ import yaml
 
 from outbox_server.deploy.chart.rendering import (
     CHART,
+    COPIED,
     manifests,
     render,
     schema_with_settings,
@@ -27,7 +28,7 @@ VALUES: Final = {
 MINIMAL: Final = VALUES["minimal"]
 SERVICES: Final = ("scheduler", "dispatcher", "stats")
 # Custom resources of operators; the schemas of Kubernetes do not include them.
-CUSTOM: Final = {"ScaledObject", "PodMonitor", "HTTPRoute"}
+CUSTOM: Final = {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"}
 
 Resource = dict[str, Any]
 
@@ -109,6 +110,11 @@ def test_a_resource_with_an_unknown_field_is_refused() -> None:
         ({"networkPolicy": {"clients": [{"podSelectors": {}}]}}, "podSelectors"),
         ({"networkPolicy": {"smtp": {"ports": [70000]}}}, "maximum"),
         ({"shutdownGraceSeconds": "30s"}, "shutdownGraceSeconds"),
+        ({"commonLabels": {"team": "a b"}}, "commonLabels/team"),
+        ({"podSecurityContext": {"runAsUser": 0}}, "podSecurityContext/runAsUser"),
+        ({"podDisruptionBudget": {"maxUnavailable": 0}}, "podDisruptionBudget/maxUnavailable"),
+        ({"jobs": {"replicas": 1}}, "replicas"),
+        ({"networkPolicy": {"dns": {"ports": []}}}, "networkPolicy/dns/ports"),
     ],
 )
 def test_an_unknown_or_wrong_value_is_refused(values: dict[str, Any], complaint: str) -> None:
@@ -126,6 +132,25 @@ def test_an_unknown_or_wrong_value_is_refused(values: dict[str, Any], complaint:
             {"tls": {"existingSecret": "", "plaintext": True, "clientCaKey": "ca.crt"}},
             "tls.clientCaKey: client certificates require TLS",
         ),
+        (
+            {"stats": {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 4}}},
+            "stats.autoscaling.maxReplicas: 4 is below minReplicas, 5",
+        ),
+        (
+            {"dispatcher": {"autoscaling": {"lateness": {"source": "keda"}}}},
+            "lateness.source: keda, but dispatcher.autoscaling.enabled is false",
+        ),
+        (
+            {
+                "metrics": {"enabled": False},
+                "dispatcher": {"autoscaling": {"enabled": True, "lateness": {"source": "keda"}}},
+            },
+            "lateness.source: keda needs metrics.enabled",
+        ),
+        (
+            {"metrics": {"enabled": False, "prometheusRule": {"enabled": True}}},
+            "metrics.prometheusRule.enabled: true, but metrics.enabled is false",
+        ),
     ],
 )
 def test_values_that_are_wrong_together_are_refused(values: dict[str, Any], complaint: str) -> None:
@@ -138,6 +163,9 @@ def test_the_plain_manifests_and_the_schema_are_current() -> None:
     assert written == manifests(), "run make manifests"
     schema = (CHART / "values.schema.json").read_text(encoding="utf-8")
     assert schema == schema_with_settings(), "run make manifests"
+    for source in COPIED:
+        copy_ = (CHART / "files" / source.name).read_text(encoding="utf-8")
+        assert copy_ == source.read_text(encoding="utf-8"), "run make manifests"
 
 
 def test_every_variable_that_the_chart_sets_is_a_setting() -> None:
@@ -162,7 +190,14 @@ def test_every_pod_is_locked_down(name: str) -> None:
         assert context["runAsNonRoot"] is True
         assert context["runAsUser"] > 10_000
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        # The rest of the profile "restricted" of Pod Security Admission.
+        assert not [name for name in spec if name.startswith("host")]
+        assert all(
+            one.keys() - {"name"} <= {"configMap", "emptyDir", "secret"}
+            for one in spec["volumes"] or ()
+        )
         for container in spec["containers"]:
+            assert not any("hostPort" in port for port in container.get("ports", ()))
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
@@ -337,7 +372,8 @@ def test_policies_let_each_pod_reach_what_it_needs_and_nothing_else() -> None:
     for component in ("stats", "migrate", "operator-key"):
         assert ports_out(resources, component) == {53, 5432}
     full = render(VALUES["full"])
-    assert ports_out(full, "dispatcher") == {53, 5433, 6380, 26379, 587, 4317}
+    assert ports_out(full, "dispatcher") == {53, 5353, 5433, 6380, 26379, 587, 4317}
+    assert ports_out(full, "test") == {53, 5353, 50051, 50052, 50053, 4317}
 
 
 def scalers(values: dict[str, Any]) -> dict[str, Resource]:
@@ -365,7 +401,9 @@ def test_dispatchers_scale_on_lateness_by_an_external_metric_or_by_keda() -> Non
     (keda,) = scalers(VALUES["keda"]).values()
     assert keda["kind"] == "ScaledObject"
     assert [one["type"] for one in keda["spec"]["triggers"]] == ["cpu", "prometheus"]
-    assert keda["spec"]["triggers"][1]["metadata"]["query"] == "max(outbox_oldest_due_age_seconds)"
+    # Not those of another installation. test_monitoring.py asks a Prometheus.
+    query = 'max(outbox_oldest_due_age_seconds{namespace="default"})'
+    assert keda["spec"]["triggers"][1]["metadata"]["query"] == query
 
 
 def test_the_names_follow_the_release() -> None:

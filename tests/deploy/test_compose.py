@@ -14,8 +14,9 @@ from sqlalchemy.engine import make_url
 
 from outbox_server.cli.main import OutboxGroup
 from outbox_server.shared.auth.keys import read_key
+from outbox_server.shared.durations import parse_duration
 from outbox_server.shared.secrets import SecretBox
-from outbox_server.shared.settings import Settings, parse_duration
+from outbox_server.shared.settings import Settings
 
 FOLDER: Final = Path(__file__).parents[2] / "deploy" / "compose"
 COMPOSE: Final[dict[str, Any]] = yaml.safe_load((FOLDER / "compose.yaml").read_text())

@@ -59,6 +59,7 @@ def secrets(
         "outbox-tls": {
             "tls.crt": certificate.public.read_text(),
             "tls.key": certificate.private.read_text(),
+            "ca.crt": certificate.public.read_text(),
         },
         "outbox-operator": {"api-key": make_key().text + "\n"},
     }
@@ -97,6 +98,12 @@ async def test_an_installation_of_the_rendered_pods_sends_mail_scales_and_drains
             assert await pod.probe("livenessProbe") == "SERVING"
         code, log = await again
         assert (code, "was stored before" in log) == (0, True)
+
+        # helm test
+        for pod, port in zip(pods, (50051, 50052, 50053), strict=True):
+            name = f"test-{pod.container['name']}"
+            code, log = await space.job(name, server=f"127.0.0.1:{pod.ports[port]}")
+            assert (code, pod.container["name"] in log) == (0, True), log
 
         new_client = functools.partial(
             AsyncClient,

@@ -13,8 +13,9 @@ from typing import Final
 
 import pytest
 
+from outbox_server.shared.durations import parse_duration
 from outbox_server.shared.secret_files import SECRET_SETTINGS
-from outbox_server.shared.settings import Settings, parse_duration
+from outbox_server.shared.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
 UNITS: Final = ROOT / "deploy" / "systemd"

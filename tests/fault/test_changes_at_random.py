@@ -31,7 +31,7 @@ from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 from sqlalchemy.exc import DBAPIError
 
 from outbox_server.services.scheduler.servicers import batch_control
-from outbox_server.services.scheduler.storage import job_changes
+from outbox_server.services.scheduler.storage import job_changes, job_set_rows
 from outbox_server.services.scheduler.storage import job_sets as storage
 from outbox_server.services.scheduler.storage.respreading import respread_part
 from outbox_server.shared.audit.recount import stats_mismatch
@@ -53,7 +53,7 @@ _FAR: Final = timedelta(days=9)
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_WRITTEN_WITH_THE_CHANGE", 10)
-    monkeypatch.setattr(storage, "_ROWS_AT_ONCE", 60)
+    monkeypatch.setattr(job_set_rows, "ROWS_AT_ONCE", 60)
     monkeypatch.setattr(job_changes, "WRITTEN_AT_ONCE", 8)
     monkeypatch.setattr(job_changes, "MOST_UNWRITTEN", 5)
     monkeypatch.setattr(batch_control, "_RESPREAD_IN_CALL", 10)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def start(tmp_path: Path) -> Start:
     """Return a function that runs a dispatcher process, with its log in the test's folder."""
 
     def run(values: dict[str, str]) -> Any:
-        return process(values, tmp_path / "dispatcher.log")
+        # A statement that waits for a table of the test must not give up on a busy machine.
+        return process(values, tmp_path / "dispatcher.log", lock_timeout=timedelta(minutes=1))
 
     return run
 

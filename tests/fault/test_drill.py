@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands import run
 from tests.eventually import PATIENCE, eventually
 from tests.processes import alive, descendants
 
@@ -88,9 +89,11 @@ async def test_an_interrupted_drill_leaves_neither_processes_nor_files(folder: P
         pipe.close()
 
 
-def test_an_unknown_fault_is_refused_before_anything_starts(folder: Path) -> None:
-    drill = start(folder, "--faults", "redis_flush,earthquake")
-    _, err = drill.communicate(timeout=PATIENCE)
-    assert drill.returncode == 2
-    assert "earthquake" in err
+def test_an_unknown_fault_is_refused_before_anything_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    refused = run(["drill", "--faults", "redis_flush,earthquake"])
+    assert refused.exit_code == 2
+    assert "earthquake" in refused.stderr
     assert left_in(folder) == []

@@ -161,7 +161,7 @@ async def test_a_mail_in_flight_at_the_old_master_counts_at_the_new_one_for_as_l
     held = Wait()
     async with ScriptedServer({"body": [(held, Succeed())]}) as server:
         one, two = (
-            settings_of(options(database_url, url, server.url, min_gap="100ms", lease="5s"))
+            settings_of(options(database_url, url, server.url, min_gap="100ms", lease="10s"))
             for url in (first.url, second.url)
         )
         async with World(one) as world, World(two) as other, running(one), running(two):

@@ -17,7 +17,6 @@ from contextlib import asynccontextmanager, chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import grpc
 import pytest
@@ -34,7 +33,6 @@ from outbox_server.deploy.record import ReceivedMail, least_gap_s, read_record
 from tests.commands import CommandResult, run
 from tests.eventually import PATIENCE, eventually
 from tests.processes import alive, descendants, pid_of
-from tests.scraping import scrape
 
 OUTBOX = Path(sys.executable).with_name("outbox")
 GAP_S = 0.2
@@ -229,25 +227,6 @@ def test_a_second_up_in_the_same_folder_names_the_process_that_holds_it(up: Runn
     assert answer == {"senders": [], "next_page_token": ""}
 
 
-async def test_the_commands_that_up_prints_run_as_printed(folder: Path) -> None:
-    async with running(folder, "--dispatchers", "2", "--metrics") as up:
-        printed = (folder / "stdout").read_text()
-        lines = [line for line in printed.splitlines() if line.startswith("  ")]
-        assert len(up.endpoints["dispatchers"]) == 2
-        assert len(lines) == 5
-        urls = list(up.endpoints["metrics"].values())
-        assert len(set(urls)) == 4
-        assert all(url in printed for url in urls)
-        scrapes = [await scrape(urlsplit(url).netloc) for url in urls]
-        serving = [dict(labels) for found in scrapes for labels in found.all("outbox_serving")]
-        names = [labels["service"] for labels in serving]
-        assert sorted(names) == ["dispatcher", "dispatcher", "scheduler", "stats"]
-        shown = pasted(folder, lines)
-        assert "outbox.v1.BatchService" in shown
-        assert "ben@example.com" in shown
-        await eventually(lambda: len(up.mails()) == 2)
-
-
 def pasted(folder: Path, lines: list[str]) -> str:
     """Run lines in one shell and return their output; each line must succeed."""
     shell = subprocess.run(
@@ -264,22 +243,7 @@ def pasted(folder: Path, lines: list[str]) -> str:
     return shell.stdout
 
 
-async def test_the_commands_that_up_prints_with_a_provider_reach_its_quota(folder: Path) -> None:
-    options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.001")
-    async with running(folder, *options) as up:
-        printed = (folder / "stdout").read_text()
-        lines = re.findall(r"(?m)^  (\S.*)", printed)
-        assert len(lines) == 7
-        assert "person30@example.org" in pasted(folder, lines)
-        (sender,) = up.ask("senders", "list", "--user", "acme")["senders"]
-        sender_id = sender["sender_id"]
-        await eventually(
-            lambda: "5.4.5" in str(up.ask("senders", "get", sender_id).get("cooldown"))
-        )
-        assert len(up.mails()) == 20
-
-
-async def test_with_a_relay_no_mail_goes_to_the_inbox_and_the_audit_asks_postgresql(
+async def test_mail_to_a_relay_is_held_until_it_is_released_and_the_audit_asks_postgresql(
     folder: Path,
 ) -> None:
     names = ["ann", "ben", "cy"]
@@ -294,12 +258,21 @@ async def test_with_a_relay_no_mail_goes_to_the_inbox_and_the_audit_asks_postgre
         # In a file, because it has a password.
         login = other.url.replace("//", "//relay-user:relay-s3cret@")
         (folder / "relay").write_text(f"{login}\n")
-        async with running(folder, "--smtp-file", "relay") as up:
+        async with running(folder, "--hold", "--smtp-file", "relay") as up:
             assert "all mail goes to smtp://relay-user:***@" in (folder / "stdout").read_text()
             assert up.endpoints["inbox"] is None
             await asyncio.to_thread(schedule, up, "relayed", None, names)
+            shown = await asyncio.to_thread(up.ask, "held")
+            assert (shown["reason"], shown["job_count"]) == ("HOLD_REASON_REQUESTED", "3")
+            table = (await asyncio.to_thread(up.outbox, "held")).stdout
+            assert "DUE" in table
+            assert "news@example.com" in table
+            assert not other.mails
+            released = await asyncio.to_thread(up.ask, "held", "release", "--all")
+            assert released == {"released_count": "3", "hold_ended": True}
             await eventually(lambda: len(other.mails) == 3)
             assert not up.mails()
+            assert "not held" in (await asyncio.to_thread(up.outbox, "held")).stderr
             await eventually(lambda: all_sent(up, 3))
             assert (await asyncio.to_thread(up.ask, "audit"))["broken"] == []
         async with running(folder) as up:
@@ -320,17 +293,17 @@ async def test_with_a_relay_no_mail_goes_to_the_inbox_and_the_audit_asks_postgre
     assert checked_by == ["postgresql", "postgresql", "smtp side"]
 
 
-async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_audit_agrees(
+async def test_a_simulated_provider_keeps_its_rules_and_the_printed_commands_reach_its_quota(
     folder: Path,
 ) -> None:
-    options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.5")
-    async with running(folder, *options, OUTBOX_COOLDOWN="1m") as up:
+    options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.002")
+    async with running(folder, *options) as up:
         assert up.endpoints["provider"] == "gmail"
         # This includes TLS and the account's login.
         assert up.endpoints["smtp_url"].startswith("smtp+starttls://outbox:outbox@127.0.0.1:")
         printed = (folder / "stdout").read_text()
         assert "a Gmail account (smtp.gmail.com), simulated" in printed
-        assert "20 mails of an account in any 12h, then: 550 5.4.5 Daily user" in printed
+        assert "20 mails of an account in any 172.8s, then: 550 5.4.5 Daily user" in printed
         # The sender's own relay is overridden: the audit checks only the provider.
         sender = up.ask(
             *("senders", "create", "--user", "u", "--email", "news@example.com"),
@@ -342,26 +315,19 @@ async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_au
         found = up.ask("audit")
         assert (found["broken"], found["seen"], found["checked_by"]) == ([], 2, "smtp side")
         assert found["sent_elsewhere"] == 0
+
+        lines = re.findall(r"(?m)^  (\S.*)", printed)
+        assert len(lines) == 7
+        assert "person30@example.org" in pasted(folder, lines)
+        (one,) = up.ask("senders", "list", "--user", "acme")["senders"]
+        await eventually(
+            lambda: "5.4.5" in str(up.ask("senders", "get", one["sender_id"]).get("cooldown"))
+        )
+        assert len(up.mails()) == 20
         up.process.send_signal(signal.SIGTERM)
         assert await ended(up.process) == 0
-        assert "the provider accepted 2 mails (0 of them copies) on" in up.errors
-        assert "and refused 2 times: 1 x 550 5.1.1 The email account that you" in up.errors
-
-
-async def test_with_hold_nothing_is_sent_until_it_is_released(folder: Path) -> None:
-    async with running(folder, "--hold") as up:
-        sender = up.ask("senders", "create", "--user", "ann", "--email", "a@x.org")["sender_id"]
-        (folder / "list.csv").write_text("email\nb@y.org\n")
-        up.ask("schedule", "list.csv", "--sender", sender, "--subject", "Hi", "--body", "Hi")
-        shown = up.ask("held")
-        assert (shown["reason"], shown["job_count"]) == ("HOLD_REASON_REQUESTED", "1")
-        table = up.outbox("held")
-        assert "DUE" in table.stdout
-        assert "a@x.org" in table.stdout
-        assert not up.mails()
-        assert up.ask("held", "release", "--all") == {"released_count": "1", "hold_ended": True}
-        await eventually(lambda: len(up.mails()) == 1)
-        assert "not held" in up.outbox("held").stderr
+        assert "the provider accepted 20 mails (0 of them copies) on" in up.errors
+        assert "1 x 550 5.1.1 The email account that you" in up.errors
 
 
 @pytest.mark.parametrize(
@@ -383,65 +349,62 @@ def test_wrong_options_of_a_provider_are_refused_before_anything_starts(
     assert not (folder / ".outbox").exists()
 
 
-async def test_the_client_commands_work_with_a_running_stack(folder: Path) -> None:
-    async with running(folder) as up:
-        sender = up.ask(
-            *("senders", "create", "--user", "u", "--email", "news@example.com"),
-            *("--hourly-limit", "5000", "--min-gap", "1s"),
-        )
-        assert (sender["min_gap"], sender["hourly_limit"]) == ("1s", 5000)
-        sender_id = sender["sender_id"]
-        changed = up.ask("senders", "update", sender_id, "--unset", "min_gap")
-        assert changed["effective_min_gap"] == "0.200s"
-        assert up.ask("senders", "pause", sender_id)["state"] == "SENDER_STATE_PAUSED"
-        up.ask("suppressions", "create", "cy@example.org", "--user", "u", "--reason", "asked")
+def test_the_client_commands_work_with_a_running_stack(up: RunningUp) -> None:
+    sender = up.ask(
+        *("senders", "create", "--user", "u", "--email", "news@example.com"),
+        *("--hourly-limit", "5000", "--min-gap", "1s"),
+    )
+    assert (sender["min_gap"], sender["hourly_limit"]) == ("1s", 5000)
+    sender_id = sender["sender_id"]
+    changed = up.ask("senders", "update", sender_id, "--unset", "min_gap")
+    assert changed["effective_min_gap"] == "0.200s"
+    assert up.ask("senders", "pause", sender_id)["state"] == "SENDER_STATE_PAUSED"
+    up.ask("suppressions", "create", "cy@example.org", "--user", "u", "--reason", "asked")
 
-        (folder / "people.csv").write_text(
-            "email,First Name\nann@example.org,Ann\nben@example.org,Ben\nnobody,N\n"
-            "cy@example.org,Cy\nANN@example.org,Ann\n"
-        )
-        upload = ("schedule", "people.csv", "--sender", sender_id, "--body", "Hi")
-        answer = up.ask(*upload, "--subject", "Hello {{ first_name }}", "--request", "r1")
-        batch = answer["batch"]
-        counts = ("accepted_count", "rejected_count", "duplicate_count", "suppressed_count")
-        assert [batch[name] for name in counts] == ["2", "1", "1", "1"]
-        batch_id = batch["batch_id"]
-        assert up.ask("batches", "rejections", batch_id)["rejections"][0]["row_number"] == "3"
-        waiting = up.ask("jobs", "list", "--batch", batch_id, "--state", "scheduled")
-        job_id = waiting["email_jobs"][1]["email_job_id"]
-        assert up.ask("jobs", "cancel", job_id)["state"] == "EMAIL_JOB_STATE_CANCELLED"
-        assert up.ask("senders", "resume", sender_id)["state"] == "SENDER_STATE_ACTIVE"
+    (up.folder / "people.csv").write_text(
+        "email,First Name\nann@example.org,Ann\nben@example.org,Ben\nnobody,N\n"
+        "cy@example.org,Cy\nANN@example.org,Ann\n"
+    )
+    upload = ("schedule", "people.csv", "--sender", sender_id, "--body", "Hi")
+    answer = up.ask(*upload, "--subject", "Hello {{ first_name }}", "--request", "r1")
+    batch = answer["batch"]
+    counts = ("accepted_count", "rejected_count", "duplicate_count", "suppressed_count")
+    assert [batch[name] for name in counts] == ["2", "1", "1", "1"]
+    batch_id = batch["batch_id"]
+    assert up.ask("batches", "rejections", batch_id)["rejections"][0]["row_number"] == "3"
+    waiting = up.ask("jobs", "list", "--batch", batch_id, "--state", "scheduled")
+    job_id = waiting["email_jobs"][1]["email_job_id"]
+    assert up.ask("jobs", "cancel", job_id)["state"] == "EMAIL_JOB_STATE_CANCELLED"
+    assert up.ask("senders", "resume", sender_id)["state"] == "SENDER_STATE_ACTIVE"
 
-        again = up.outbox(*upload, "--subject", "Other", "--request", "r1")
-        assert again.exit_code == 1
-        assert again.stderr.startswith("outbox: ")
-        assert "REQUEST_ID_REUSED" in again.stderr
-        followed = up.ask(
-            *upload, "--subject", "Hello {{ first_name }}", "--request", "r1", "--wait"
-        )
-        assert followed["replayed"]
-        assert followed["batch"]["counts"]["sent_count"] == "1"
-        assert followed["batch"]["body"] == "Hi"
-        assert up.ask("stats", "sender", sender_id)["counts"]["cancelled_count"] == "1"
-        sent_id = waiting["email_jobs"][0]["email_job_id"]
-        assert up.ask("jobs", "attempts", sent_id)["attempts"][0]["smtp_code"] == 250
-        late = up.outbox("jobs", "cancel", sent_id)
-        assert (late.exit_code, "TOO_LATE_TO_CANCEL" in late.stderr) == (1, True)
-        assert up.ask("batches", "cancel", batch_id)["too_late_count"] == "1"
-        assert up.ask("suppressions", "list", "--user", "u")["suppressions"][0]["reason"] == "asked"
-        assert up.ask("suppressions", "delete", "cy@example.org", "--user", "u") == {}
-        found = up.ask("audit")
-        assert (found["broken"], found["seen"], found["checked_by"]) == ([], 1, "smtp side")
-        assert found["sent_elsewhere"] == 0
-        assert found["compared_with"]["min_gap"] == "200ms"
-        bad = up.outbox("senders", "create", "--user", "u", "--email", "x@y.de", "--min-gap", "1ms")
-        assert (bad.exit_code, "GAP_BELOW_FLOOR" in bad.stderr) == (1, True)
-        assert bad.stderr.count("\n") == 1
-        table = up.outbox("senders", "list", "--user", "u").stdout
-        assert "news@example.com" in table
-        assert up.ask("senders", "delete", sender_id) == {}
-        assert up.ask("dispatcher", "status")["state"] == "DISPATCHER_STATE_SERVING"
-        assert up.ask("dispatcher", "drain")["status"]["state"] == "DISPATCHER_STATE_DRAINING"
+    again = up.outbox(*upload, "--subject", "Other", "--request", "r1")
+    assert again.exit_code == 1
+    assert again.stderr.startswith("outbox: ")
+    assert "REQUEST_ID_REUSED" in again.stderr
+    followed = up.ask(*upload, "--subject", "Hello {{ first_name }}", "--request", "r1", "--wait")
+    assert followed["replayed"]
+    assert followed["batch"]["counts"]["sent_count"] == "1"
+    assert followed["batch"]["body"] == "Hi"
+    assert up.ask("stats", "sender", sender_id)["counts"]["cancelled_count"] == "1"
+    sent_id = waiting["email_jobs"][0]["email_job_id"]
+    assert up.ask("jobs", "attempts", sent_id)["attempts"][0]["smtp_code"] == 250
+    late = up.outbox("jobs", "cancel", sent_id)
+    assert (late.exit_code, "TOO_LATE_TO_CANCEL" in late.stderr) == (1, True)
+    assert up.ask("batches", "cancel", batch_id)["too_late_count"] == "1"
+    assert up.ask("suppressions", "list", "--user", "u")["suppressions"][0]["reason"] == "asked"
+    assert up.ask("suppressions", "delete", "cy@example.org", "--user", "u") == {}
+    found = up.ask("audit")
+    seen = len(up.mails())
+    assert (found["broken"], found["seen"], found["checked_by"]) == ([], seen, "smtp side")
+    assert found["sent_elsewhere"] == 0
+    assert found["compared_with"]["min_gap"] == "200ms"
+    bad = up.outbox("senders", "create", "--user", "u", "--email", "x@y.de", "--min-gap", "1ms")
+    assert (bad.exit_code, "GAP_BELOW_FLOOR" in bad.stderr) == (1, True)
+    assert bad.stderr.count("\n") == 1
+    table = up.outbox("senders", "list", "--user", "u").stdout
+    assert "news@example.com" in table
+    assert up.ask("senders", "delete", sender_id) == {}
+    assert up.ask("dispatcher", "status")["state"] == "DISPATCHER_STATE_SERVING"
 
 
 def test_the_demo_checks_the_promises_and_leaves_nothing_but_mails() -> None:

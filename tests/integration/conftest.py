@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.shared.database.engine import create_engine
 from tests.dispatchers import options, settings_of
-from tests.smtp_pools import pool_of
+from tests.smtp_pools import LIMIT, pool_of
 from tests.world import World
 
 
@@ -46,6 +46,6 @@ async def pool() -> AsyncIterator[SmtpPool]:
 @pytest_asyncio.fixture
 async def short_pool() -> AsyncIterator[SmtpPool]:
     """A pool with a short time-out for a silent server."""
-    pool = pool_of()
+    pool = pool_of(timeout=LIMIT)
     yield pool
     await pool.close()

@@ -77,6 +77,18 @@ class QueueModel(CircuitsModel):
         self.everyone = everyone
         claims: list[ClaimModel] = []
         loads: list[int] = []
+
+        def visit_due(room_of: Callable[[str], float]) -> None:
+            while len(claims) < want:
+                eligible = [(look, str(i), i) for i, look in self.ready.items() if look <= now]
+                if not eligible:
+                    return
+                look, _, first = min(eligible, key=lambda one: one[:2])
+                if isinstance(first, str):
+                    self._visit_user(first.removeprefix("u:"), now, room_of, claims, loads)
+                elif not (limits and self._park_unread(first, look, now, room_of)):
+                    self._visit(first, now, room_of, claims, loads)
+
         for stage in (0, 1):
 
             def room_of(user: str, stage: int = stage) -> float:
@@ -84,20 +96,27 @@ class QueueModel(CircuitsModel):
                 most = (limits or {}).get(user, (INFINITY, INFINITY))[stage]
                 return min(want - len(claims), most - len(of_user))
 
-            if len(claims) < want:
-                self._unpark(room_of)
-            while len(claims) < want:
-                eligible = [(look, str(i), i) for i, look in self.ready.items() if look <= now]
-                if not eligible:
+            # The same number of rounds as in the script.
+            for _ in range(4):
+                moved = self._unpark(room_of) if len(claims) < want else 0
+                visit_due(room_of)
+                if not moved:
                     break
-                first = min(eligible, key=lambda one: one[:2])[2]
-                if isinstance(first, str):
-                    self._visit_user(first.removeprefix("u:"), now, room_of, claims, loads)
-                else:
-                    self._visit(first, now, room_of, claims, loads)
         return claims, loads
 
-    def _unpark(self, room_of: Callable[[str], float]) -> None:
+    def _park_unread(
+        self, sender_id: int, look: int, now: int, room_of: Callable[[str], float]
+    ) -> bool:
+        """Park a sender whose user has no room; False if it must be visited."""
+        s = self.senders.get(sender_id)
+        if s is None or room_of(s.user) > 0 or any(end <= now for end in s.leases.values()):
+            return False
+        self._park(s.user, sender_id, look, now)
+        return True
+
+    def _unpark(self, room_of: Callable[[str], float]) -> int:
+        """Move parked senders back to their looks. Returns how many."""
+        moved = 0
         for user in list(self.parked_users):
             parked = self.parked.setdefault(user, {})
             if room_of(user) <= 0:
@@ -108,10 +127,12 @@ class QueueModel(CircuitsModel):
                         ((look, str(i), i) for i, look in parked.items()), key=lambda one: one[:2]
                     )
                     del parked[sender_id]
+                    moved += 1
                     if sender_id in self.ready:
                         self.ready[sender_id] = min(self.ready[sender_id], look)
             if not parked:
                 self.parked_users.discard(user)
+        return moved
 
     def _visit_user(
         self,

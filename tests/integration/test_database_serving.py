@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -17,11 +18,13 @@ from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.services.dispatcher.storage.turning import TURN
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.database.models import Base
+from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.database.serving import OF_EACH_MAIL, check_serving
 from outbox_server.shared.heads.statements import HEADS_STATEMENT, HISTORY_STATEMENT
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.store_trouble import trouble_of
 from tests.conftest import Stores
+from tests.eventually import eventually
 
 
 def test_the_tables_of_each_mail_are_those_of_the_statements_of_dispatchers(
@@ -98,6 +101,57 @@ async def test_a_missing_column_of_any_table_is_a_trouble(engine: AsyncEngine, t
             await connection.exec_driver_sql(f"ALTER TABLE {table} RENAME COLUMN gone TO {column}")
             await connection.commit()
     assert trouble_of(caught.value).kind == "column missing"
+
+
+async def test_health_notices_a_missing_column_and_reports_it_until_it_is_back(
+    engine: AsyncEngine,
+) -> None:
+    """Not every check asks for all columns, but each one does while a column is missing."""
+    guard = SchemaGuard(engine)
+
+    async def fails() -> bool:
+        try:
+            await guard.check()
+        except DBAPIError as error:
+            return trouble_of(error).kind == "column missing"
+        return False
+
+    assert not await fails()
+    async with engine.connect() as connection:
+        await connection.exec_driver_sql("ALTER TABLE webhooks RENAME COLUMN url TO gone")
+        await connection.commit()
+        try:
+            await eventually(fails)
+            assert [await fails() for _ in range(3)] == [True] * 3
+        finally:
+            await connection.exec_driver_sql("ALTER TABLE webhooks RENAME COLUMN gone TO url")
+            await connection.commit()
+    assert not await fails()
+
+
+async def test_health_notices_a_server_that_does_not_write_at_the_next_check(
+    engine: AsyncEngine, stores: Stores, database_url: str
+) -> None:
+    guard = SchemaGuard(engine)
+    # So that no check of all tables notices it.
+    guard._whole_at = math.inf
+    await guard.check()
+    name = urlsplit(database_url).path.lstrip("/")
+    async with await psycopg.AsyncConnection.connect(
+        stores.postgres.url(name, SUPERUSER), autocommit=True
+    ) as admin:
+        await admin.execute(
+            f"ALTER DATABASE {name} SET default_transaction_read_only = on".encode()
+        )
+        try:
+            await engine.dispose()
+            with pytest.raises(DBAPIError) as caught:
+                await guard.check()
+        finally:
+            await admin.execute(
+                f"ALTER DATABASE {name} RESET default_transaction_read_only".encode()
+            )
+    assert trouble_of(caught.value).kind == "read-only server"
 
 
 @pytest.mark.parametrize("table", ["audit_events", "batches", "change_requests", "email_jobs"])

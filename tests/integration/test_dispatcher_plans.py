@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,10 @@ from outbox_server.shared.heads.concerned import Walk
 from outbox_server.shared.heads.statements import HEADS_STATEMENT
 from outbox_server.shared.mail.content import READ_BATCHES
 from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.settings import load_settings
+from tests.conftest import Stores
 from tests.dispatchers import options, settings_of
+from tests.filled_databases import filled_databases
 from tests.marked_jobs import mark_refs
 from tests.world import World
 
@@ -48,18 +51,19 @@ SELECT n, now(), now(), 'no' FROM generate_series(1, {senders}) AS n;
 """
 
 
+@pytest.fixture(scope="module")
+def databases(stores: Stores) -> Iterator[Mapping[bool, str]]:
+    """The URLs of databases with many attempts, by whether PostgreSQL has statistics of them."""
+    fill = _FILL.format(attempts=ATTEMPTS, jobs=JOBS, senders=SENDERS).split(";\n")
+    tables = ("attempts", "email_jobs", "cooldowns")
+    with filled_databases(stores, "outbox_plans", fill, tables) as names:
+        yield {analysed: stores.postgres.url(name) for analysed, name in names.items()}
+
+
 @asynccontextmanager
-async def filled(
-    url: str, redis_url: str, *, analysed: bool, free: bool
-) -> AsyncIterator[AsyncEngine]:
-    """Yield an engine on a database with many attempts. `free`: PostgreSQL may choose any plan."""
-    settings = settings_of(options(url, redis_url, "smtp://127.0.0.1:1"))
-    async with World(settings) as world:
-        for statement in _FILL.format(attempts=ATTEMPTS, jobs=JOBS, senders=SENDERS).split(";\n"):
-            await world.sql(statement)
-        if analysed:
-            await world.sql("ANALYZE")
-    engine = create_engine(settings, lookups_only=not free)
+async def connected(url: str, *, free: bool) -> AsyncIterator[AsyncEngine]:
+    """Yield an engine on a database that is only read. `free`: PostgreSQL may choose any plan."""
+    engine = create_engine(load_settings(database_url=url), lookups_only=not free)
     try:
         yield engine
     finally:
@@ -115,9 +119,9 @@ CALLS: dict[str, Callable[[AsyncConnection], Awaitable[Any]]] = {
     ids=["any plan", "as the dispatcher", "as the dispatcher, just filled"],
 )
 async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
-    new_database: Callable[[], str], redis_url: str, analysed: bool, free: bool
+    databases: Mapping[bool, str], analysed: bool, free: bool
 ) -> None:
-    async with filled(new_database(), redis_url, analysed=analysed, free=free) as engine:
+    async with connected(databases[analysed], free=free) as engine:
         plans = {name: await plans_of(engine, call) for name, call in CALLS.items()}
     for name, found in plans.items():
         assert found, name
@@ -133,9 +137,9 @@ async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
 
 @pytest.mark.parametrize("analysed", [True, False])
 async def test_the_plans_that_marks_and_settlements_keep_use_only_indexes(
-    new_database: Callable[[], str], redis_url: str, analysed: bool
+    databases: Mapping[bool, str], analysed: bool
 ) -> None:
-    async with filled(new_database(), redis_url, analysed=analysed, free=False) as engine:
+    async with connected(databases[analysed], free=False) as engine:
         for statement in (MARK, SETTLE, TURN, FIND):
             plan = await kept_plan(engine, statement)
             for table in ("email_jobs", "attempts", "batches", "senders", "suppressions"):

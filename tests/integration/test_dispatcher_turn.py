@@ -83,8 +83,8 @@ async def test_a_claim_takes_the_slot_of_a_send_in_the_statement_that_records_it
     marks: list[asyncio.Future[list[object]]] = []
 
     def hand_over(number: int) -> None:
-        assert number == 1
-        marks.append(settler.mark(world.queues[0], [claim]))  # type: ignore[arg-type]
+        if number:
+            marks.append(settler.mark(world.queues[0], [claim]))  # type: ignore[arg-type]
 
     async with settling(world, statements, slots, hand_over) as settler:
         settler.settle(ended)
@@ -107,7 +107,7 @@ async def test_an_error_of_a_mark_does_not_keep_an_outcome_from_being_recorded(
         world,
         statements,
         slots,
-        lambda _: marks.append(settler.mark(world.queues[0], [broken])),
+        lambda number: marks.append(settler.mark(world.queues[0], [broken])) if number else None,
     ) as settler:
         settler.settle(ended)
         await eventually(lambda: slots.in_flight == 0)

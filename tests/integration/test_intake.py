@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -25,6 +24,7 @@ from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
+from tests.dispatchers import DispatcherProcess
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import (
     Scheduler,
@@ -162,7 +162,7 @@ async def test_a_client_that_is_killed_leaves_nothing(
 @asynccontextmanager
 async def separate_scheduler(
     database_url: str, redis_url: str, folder: Path
-) -> AsyncIterator[tuple[asyncio.subprocess.Process, Scheduler]]:
+) -> AsyncIterator[tuple[DispatcherProcess, Scheduler]]:
     async with (
         scheduler_process(database_url, redis_url, folder) as (process, address),
         grpc.aio.insecure_channel(address) as channel,
@@ -181,7 +181,7 @@ async def test_a_scheduler_that_is_killed_leaves_nothing(
         upload = Upload(doomed, sender, request_id="once")
         upload.send_rows(3 * BLOCK)
         await opened(scheduler)
-        process.kill()
+        await process.kill()
         assert (await broken(upload.end())) in ("UNAVAILABLE", "CANCELLED")
         await closed(scheduler)
         assert stored(scheduler) == 0
@@ -196,7 +196,7 @@ async def test_a_scheduler_paused_during_an_upload_continues_the_upload(
         upload = Upload(sleeper, sender, request_id="once")
         upload.send_rows(2 * BLOCK)
         await opened(scheduler)
-        process.send_signal(signal.SIGSTOP)
+        process.pause()
         asleep = time.monotonic()
         upload.send_rows(BLOCK)
         # A client that gave up the paused scheduler repeats the request: it cannot know which one
@@ -205,7 +205,7 @@ async def test_a_scheduler_paused_during_an_upload_continues_the_upload(
         again.send_rows(3 * BLOCK)
         other = await scheduler.schedule(sender)
         await eventually(lambda: time.monotonic() > asleep + SLEEP_S)
-        process.send_signal(signal.SIGCONT)
+        process.resume()
 
         first, second = await upload.end(), await again.end()
         assert first.batch.accepted_count == 3 * BLOCK
@@ -242,7 +242,7 @@ async def test_a_pause_does_not_wait_for_an_upload(
     upload.send_rows(BLOCK)
     await opened(scheduler)
     pause = PauseSenderRequest(sender_id=sender.sender_id)
-    await scheduler.senders.PauseSender(pause, timeout=5)
+    await scheduler.senders.PauseSender(pause, timeout=PATIENCE)
     assert (await upload.end()).batch.accepted_count == BLOCK
 
 
@@ -359,7 +359,9 @@ async def test_a_lost_connection_to_postgresql_refuses_only_the_current_batch(
     messages.put(UploadBatchRequest(chunk=f"email\n{rows}".encode()))
     with grpc.insecure_channel(scheduler.address) as channel:
         upload = BatchServiceStub(channel).UploadBatch
-        call = asyncio.create_task(asyncio.to_thread(upload, iter(messages.get, None), timeout=20))
+        call = asyncio.create_task(
+            asyncio.to_thread(upload, iter(messages.get, None), timeout=PATIENCE)
+        )
         await opened(scheduler)
         with psycopg.connect(scheduler.settings.database_url, autocommit=True) as connection:
             connection.execute(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -13,9 +13,6 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.filters.fields import check_filter
-from outbox_server.services.scheduler.filters.grammar import parse_filter
-from outbox_server.services.scheduler.filters.resources import BATCH_FIELDS, JOB_FIELDS
 from outbox_server.services.scheduler.storage.batches import list_batches
 from outbox_server.services.scheduler.storage.bounded import MOST_READ
 from outbox_server.services.scheduler.storage.erasing import (
@@ -31,11 +28,14 @@ from outbox_server.services.scheduler.storage.suppressions import insert_suppres
 from outbox_server.services.scheduler.storage.users import list_users
 from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.filters.fields import FieldTest, check_filter
+from outbox_server.shared.filters.grammar import parse_filter
+from outbox_server.shared.filters.resources import BATCH_FIELDS, JOB_FIELDS
 from outbox_server.shared.intake.tags import external_key
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.user_quotas import UserQuotas
-from tests.dispatchers import options, settings_of
-from tests.world import World
+from tests.conftest import Stores
+from tests.filled_databases import filled_databases
 
 QUOTAS: Final = UserQuotas.from_settings(load_settings())
 # Of the user big: one large batch, half of it sent, and many small ones. Others have as many.
@@ -110,19 +110,29 @@ BATCHES: Final = (
 )
 
 
-@asynccontextmanager
-async def filled(url: str, redis_url: str, *, analysed: bool) -> AsyncIterator[AsyncEngine]:
-    settings = settings_of(options(url, redis_url, "smtp://127.0.0.1:1"))
-    async with World(settings) as world:
-        for statement in _FILL.split(";\n"):
-            await world.sql(statement)
-        if analysed:
-            await world.sql("ANALYZE")
-    engine = create_engine(settings, lookups_only=True)
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
+# Connects to a copy of its own of the filled database.
+Filled = Callable[..., AbstractAsyncContextManager[AsyncEngine]]
+
+
+@pytest.fixture(scope="module")
+def templates(stores: Stores) -> Iterator[Mapping[bool, str]]:
+    tables = ("senders", "batches", "email_jobs", "batch_counts")
+    with filled_databases(stores, "outbox_lists", _FILL.split(";\n"), tables) as names:
+        yield names
+
+
+@pytest.fixture
+def filled(templates: Mapping[bool, str], new_database: Callable[..., str]) -> Filled:
+    @asynccontextmanager
+    async def connect(*, analysed: bool) -> AsyncIterator[AsyncEngine]:
+        url = new_database(templates[analysed])
+        engine = create_engine(load_settings(database_url=url), lookups_only=True)
+        try:
+            yield engine
+        finally:
+            await engine.dispose()
+
+    return connect
 
 
 def rows_of(node: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -171,10 +181,8 @@ def job_filter(text: str, **order: bool) -> JobFilter:
 
 
 @pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "just filled"])
-async def test_no_page_reads_more_rows_than_the_budget(
-    new_database: Callable[[], str], redis_url: str, analysed: bool
-) -> None:
-    async with filled(new_database(), redis_url, analysed=analysed) as engine:
+async def test_no_page_reads_more_rows_than_the_budget(filled: Filled, analysed: bool) -> None:
+    async with filled(analysed=analysed) as engine:
         for text in JOBS:
             for which, after in (
                 (job_filter(text), (0, 0)),
@@ -195,10 +203,8 @@ async def test_no_page_reads_more_rows_than_the_budget(
         assert rows <= MOST, report
 
 
-async def test_a_page_by_address_reads_few_rows_although_others_write_to_it(
-    new_database: Callable[[], str], redis_url: str
-) -> None:
-    async with filled(new_database(), redis_url, analysed=False) as engine:
+async def test_a_page_by_address_reads_few_rows_although_others_write_to_it(filled: Filled) -> None:
+    async with filled(analysed=False) as engine:
         async with engine.begin() as connection:
             await connection.exec_driver_sql(
                 "UPDATE email_jobs SET recipient = 'popular@y.test'"
@@ -224,9 +230,9 @@ async def test_a_page_by_address_reads_few_rows_although_others_write_to_it(
 
 @pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "just filled"])
 async def test_a_list_across_all_users_reads_as_few_rows_as_that_of_one(
-    new_database: Callable[[], str], redis_url: str, analysed: bool
+    filled: Filled, analysed: bool
 ) -> None:
-    async with filled(new_database(), redis_url, analysed=analysed) as engine:
+    async with filled(analysed=analysed) as engine:
         for text in JOBS:
             for descending in (False, True):
                 which = replace(job_filter(text, descending=descending), user_id=None)
@@ -239,15 +245,22 @@ async def test_a_list_across_all_users_reads_as_few_rows_as_that_of_one(
                 "INSERT INTO senders (user_id, email, hourly_limit)"
                 " SELECT 'u12', 's@x.org', 9 FROM generate_series(1, 20000)"
             )
-        users, rows, report = await reads_of(engine, partial(list_users, after="", limit=6))
-        assert [user.user_id for user in users] == ["big", "u11", "u12", "u13", "u14", "u15"]
-        assert rows <= 100, report
+        first = ["big", "u11", "u12", "u13", "u14", "u15"]
+        for tree, descending, expected in (
+            (None, False, first),
+            (None, True, None),
+            (FieldTest("user_id", "=", "u12"), True, ["u12"]),
+        ):
+            call = partial(list_users, tree=tree, after="", limit=6, descending=descending)
+            (users, reached), rows, report = await reads_of(engine, call)
+            shown = [user.user_id for user in users]
+            assert shown == (expected or sorted(shown, reverse=True))
+            assert (len(shown), reached) == (len(expected or first), None)
+            assert rows <= 100, report
 
 
-async def test_an_import_finds_waiting_mail_by_its_addresses(
-    new_database: Callable[[], str], redis_url: str
-) -> None:
-    async with filled(new_database(), redis_url, analysed=True) as engine:
+async def test_an_import_finds_waiting_mail_by_its_addresses(filled: Filled) -> None:
+    async with filled(analysed=True) as engine:
         reasons = {f"R{n}@y.test": "" for n in range(30_000, 31_000)}
         call = partial(suppress_all, user_id="big", reasons=reasons, quotas=QUOTAS)
         (created, part), rows, report = await reads_of(engine, call)
@@ -260,12 +273,10 @@ async def test_an_import_finds_waiting_mail_by_its_addresses(
         assert rows <= 50_000, report
 
 
-async def test_a_suppression_reads_few_jobs_of_others_to_its_address(
-    new_database: Callable[[], str], redis_url: str
-) -> None:
+async def test_a_suppression_reads_few_jobs_of_others_to_its_address(filled: Filled) -> None:
     # Each batch has a job to it.
     address = "r7@y.test"
-    async with filled(new_database(), redis_url, analysed=True) as engine:
+    async with filled(analysed=True) as engine:
         for call in (
             partial(insert_suppression, user_id="u11", address=address, reason="", quotas=QUOTAS),
             partial(suppress_all, user_id="u12", reasons={address: ""}, quotas=QUOTAS),
@@ -281,10 +292,8 @@ async def walk_from(which: JobFilter, after: JobPosition, connection: AsyncConne
     return await walk_jobs(connection, which, after, 51)
 
 
-async def test_no_page_of_batches_reads_more_rows_than_the_budget(
-    new_database: Callable[[], str], redis_url: str
-) -> None:
-    async with filled(new_database(), redis_url, analysed=True) as engine:
+async def test_no_page_of_batches_reads_more_rows_than_the_budget(filled: Filled) -> None:
+    async with filled(analysed=True) as engine:
         for text in BATCHES:
             tree = check_filter(parse_filter(text), BATCH_FIELDS)
             page = partial(
@@ -299,10 +308,8 @@ async def test_no_page_of_batches_reads_more_rows_than_the_budget(
             assert rows <= 3 * MOST_READ, f"{text!r} {rows:,.0f}\n{report}"
 
 
-async def test_a_page_of_common_matches_reads_little_more_than_it_shows(
-    new_database: Callable[[], str], redis_url: str
-) -> None:
-    async with filled(new_database(), redis_url, analysed=True) as engine:
+async def test_a_page_of_common_matches_reads_little_more_than_it_shows(filled: Filled) -> None:
+    async with filled(analysed=True) as engine:
         for text, most in (
             ("", 500),
             ("state = SENT", 1_000),
@@ -317,11 +324,9 @@ async def test_a_page_of_common_matches_reads_little_more_than_it_shows(
             assert rows <= most, f"{text!r} read {rows:,.0f}\n{report}"
 
 
-async def test_a_walk_in_parts_finds_every_match_once(
-    new_database: Callable[[], str], redis_url: str
-) -> None:
+async def test_a_walk_in_parts_finds_every_match_once(filled: Filled) -> None:
     async with (
-        filled(new_database(), redis_url, analysed=True) as engine,
+        filled(analysed=True) as engine,
         engine.connect() as connection,
     ):
         for text in ("state = SCHEDULED", "state = FAILED", "row_number = 7", "state = SENDING"):
@@ -343,9 +348,7 @@ async def test_a_walk_in_parts_finds_every_match_once(
             assert found == [tuple(row) for row in expected], text
 
 
-async def test_an_erasure_reads_no_row_of_others(
-    new_database: Callable[[], str], redis_url: str
-) -> None:
+async def test_an_erasure_reads_no_row_of_others(filled: Filled) -> None:
     """Its cost is the same, however much mail others send to the address, and have rejected."""
     address = "popular@y.test"
     give = (
@@ -363,7 +366,7 @@ async def test_an_erasure_reads_no_row_of_others(
         partial(read_rejections, user_id="u11", after=(0, 0)),
         partial(erase_cooldowns, user_id="u11", address=address),
     )
-    async with filled(new_database(), redis_url, analysed=False) as engine:
+    async with filled(analysed=False) as engine:
         found: list[tuple[float, str]] = []
         for owners in ("= 11", "<> 11"):
             async with engine.begin() as connection:

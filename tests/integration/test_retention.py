@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from psycopg.rows import tuple_row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.storage import job_sets
+from outbox_server.services.scheduler.storage import job_set_rows
 from outbox_server.shared.audit.recount import stats_mismatch
 from outbox_server.shared.audit.storage import count_missing, read_totals
 from outbox_server.shared.database.counts import batch_counts, sender_counts
@@ -301,8 +301,8 @@ OLD_FAILURES = PastBatch(90, tuple(PastJob(JobState.FAILED, 80, (80,)) for _ in 
 async def test_jobs_that_are_retried_during_a_removal_are_not_lost(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_sets, "_ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(job_sets, "BLOCK_JOBS", 1)
+    monkeypatch.setattr(job_set_rows, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(job_set_rows, "BLOCK_JOBS", 1)
     installation = Installation(database_url)
     await asyncio.to_thread(installation.write, [OLD_FAILURES])
     (batch_id,) = installation.batches

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ ECHO = "return ARGV[1]"
 WRITE = "redis.call('SET', KEYS[1], ARGV[1]) return 'written'"
 # Until SCRIPT KILL.
 ENDLESS = "while true do end"
+LIST = "redis.call('RPUSH', KEYS[1], ARGV[1]) return ARGV[1]"
 
 
 class Scripts:
@@ -46,6 +48,7 @@ class Scripts:
         self.pipe = client.scripts
         register = client.register_script
         self.echo, self.write, self.endless = register(ECHO), register(WRITE), register(ENDLESS)
+        self.list = register(LIST)
 
     async def run(self, word: Any) -> Any:
         return await self.pipe.run(self.echo, (), (word,))
@@ -109,6 +112,75 @@ async def test_many_calls_at_once_use_one_connection_and_get_their_own_replies(
     assert await scripts.run(b"bytes") == "bytes"
     assert await scripts.run(12) == "12"
     assert await scripts.run("x" * 3_000_000) == "x" * 3_000_000
+
+
+async def test_urgent_calls_go_first_and_the_others_wait_for_one_of_them_at_most(
+    scripts: Scripts,
+) -> None:
+    await scripts.client.script_load(LIST)
+    await scripts.run("connected")
+
+    async def note(word: str, *, urgent: bool = False) -> None:
+        await scripts.pipe.run(scripts.list, ("words",), (word,), urgent=urgent)
+
+    async def note_twice() -> None:
+        await note("urgent 1", urgent=True)
+        await note("urgent 2", urgent=True)
+
+    await asyncio.gather(note("a"), note_twice(), note("b"))
+    assert await scripts.client.lrange("words", 0, -1) == ["urgent 1", "a", "b", "urgent 2"]
+    assert not scripts.under_way()
+
+
+async def test_urgent_and_other_calls_in_any_order_get_their_own_replies(scripts: Scripts) -> None:
+    async def call_often(number: int) -> None:
+        chance = random.Random(number)
+        for n in range(100):
+            word, urgent = f"{n} of {number}", chance.random() < 0.5
+            assert await scripts.pipe.run(scripts.echo, (), (word,), urgent=urgent) == word
+
+    await asyncio.gather(*map(call_often, range(20)))
+    assert not scripts.under_way()
+
+
+async def test_an_urgent_call_does_not_wait_for_a_slow_script_of_the_same_moment(
+    scripts: Scripts, redis_url: str
+) -> None:
+    for script in (scripts.endless, scripts.echo):
+        await scripts.client.script_load(str(script.script))
+    async with scripts_of(redis_url) as others:
+        await others.run("connected")
+        slow = asyncio.create_task(others.pipe.run(others.endless, (), ()))
+        urgent = asyncio.create_task(others.pipe.run(others.echo, (), ("word",), urgent=True))
+        try:
+            assert await urgent == "word"
+            assert not slow.done()
+        finally:
+
+            async def is_killed() -> bool:
+                with suppress(ResponseError):  # it has not begun
+                    await scripts.client.script_kill()
+                return slow.done()
+
+            await eventually(is_killed)
+        with pytest.raises(ResponseError):
+            await slow
+
+
+async def test_calls_that_wait_for_an_urgent_one_fail_with_the_connection(
+    proxied: Scripts, proxy: TcpProxy
+) -> None:
+    proxy.hang()
+    urgent = asyncio.create_task(proxied.pipe.run(proxied.echo, (), ("1",), urgent=True))
+    tasks = [urgent, proxied.start("2")]
+    await eventually(lambda: proxied.under_way() == 2)
+    tasks.append(proxied.start("3"))
+    await eventually(lambda: proxied.under_way() == 3)
+    proxy.cut()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in found] == [NoReplyError] * 3
+    proxy.heal()
+    assert await proxied.run("again") == "again"
 
 
 async def test_a_cancelled_call_does_not_disturb_the_others(

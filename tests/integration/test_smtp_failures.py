@@ -14,8 +14,9 @@ from outbox_server.deploy.ports import free_port
 from outbox_server.services.dispatcher.smtp import SmtpPool, session
 from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.states import AttemptOutcome, SmtpSecurity
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.smtp_pools import (
     LIMIT,
     MAIL,
@@ -177,18 +178,18 @@ async def test_a_server_that_hangs_before_the_body_times_out(
         await eventually(lambda: not server.open)
 
 
-async def test_a_server_that_hangs_after_the_body_leaves_the_mail_in_doubt(
-    short_pool: SmtpPool,
-) -> None:
+async def test_a_server_that_hangs_after_the_body_leaves_the_mail_in_doubt() -> None:
+    pool = pool_of(limits=replace(PhaseLimits.of(PATIENCE), end=LIMIT))
     async with ScriptedServer({"body": Wait()}) as server:
         began = time.monotonic()
-        result = await send(short_pool, server)
+        result = await send(pool, server)
 
         assert (result.outcome, result.body_begun) == (IN_DOUBT, True)
         # The limit of the phase, not the lease of 30 s.
         assert LIMIT <= time.monotonic() - began < 30
-        assert open_connections(short_pool) == 0
+        assert open_connections(pool) == 0
         await eventually(lambda: not server.open)
+    await pool.close()
 
 
 async def test_a_server_that_is_slow_in_every_phase_times_out(short_pool: SmtpPool) -> None:
@@ -248,7 +249,8 @@ def test_data_that_a_server_did_not_read_is_not_sent_after_the_deadline(loop_fac
     data = b"Subject: s\r\n\r\n" + b"line\r\n" * 3_000_000
 
     async def scenario() -> None:
-        pool, unread = pool_of(), asyncio.Event()
+        limits = replace(PhaseLimits.of(PATIENCE), block=LIMIT)
+        pool, unread = pool_of(limits=limits), asyncio.Event()
         async with ScriptedServer({"data": (Succeed(), StopReading(unread))}) as server:
             result = await send(pool, server, replace(MAIL, data=data))
             # The end of the body was never written, so the server cannot have accepted the mail.

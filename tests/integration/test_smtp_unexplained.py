@@ -12,7 +12,7 @@ import pytest
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.smtp_pools import LIMIT, all_closed, pool_of, send
 from tests.smtp_servers import Action, Close, Conversation, Say, ScriptedServer, Succeed, Wait
 
@@ -139,7 +139,9 @@ async def test_a_connection_that_fails_beside_an_unused_one_is_a_connection_fail
 async def test_a_kept_connection_that_has_died_is_replaced_before_the_body(
     phase: str, action: Action
 ) -> None:
-    pool = pool_of()
+    # The first mail must pass the phase within its limit as well.
+    limit = 1.0 if isinstance(action, Wait) else PATIENCE
+    pool = pool_of(limits=replace(PhaseLimits.of(PATIENCE), **{phase: limit}))
     async with ScriptedServer({phase: [Succeed(), action]}) as server:
         assert (await send(pool, server)).outcome is SENT
         assert (await send(pool, server)).outcome is SENT
@@ -151,7 +153,7 @@ async def test_a_kept_connection_that_has_died_is_replaced_before_the_body(
 @pytest.mark.parametrize("action", [Wait(), Close(), Say("what")], ids=shown)
 async def test_pipelining_is_not_used_again_after_it_failed(action: Action) -> None:
     clock = Clock()
-    pool = pool_of(timeout=LIMIT, clock=clock)
+    pool = pool_of(limits=replace(PhaseLimits.of(PATIENCE), rcpt=LIMIT), clock=clock)
     async with ScriptedServer({"rcpt": [action]}, extensions=("PIPELINING",)) as server:
         assert (await send(pool, server)).outcome is AttemptOutcome.CONNECTION_FAILURE
         server.plan["mail"] = Say("550 5.7.1 no")

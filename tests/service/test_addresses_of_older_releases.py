@@ -5,7 +5,6 @@ Releases before schema 0014 compared addresses by case folding. Their rows have 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import pytest
@@ -33,12 +32,6 @@ _THEIRS = (
     " ON s.user_id = b.user_id AND s.address = coalesce(j.recipient_key, lower(j.recipient))"
     " WHERE j.recipient = %s"
 )
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 @pytest_asyncio.fixture

@@ -44,7 +44,7 @@ from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 
@@ -211,7 +211,7 @@ async def test_a_stream_ends_when_its_key_is_revoked(engine: AsyncEngine) -> Non
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = stats_service_pb2_grpc.StatsServiceStub(channel)
         request = stats_service_pb2.WatchSenderStatsRequest(sender_id="1")
-        stream = stub.WatchSenderStats(request, metadata=bearer(text), timeout=20)
+        stream = stub.WatchSenderStats(request, metadata=bearer(text), timeout=PATIENCE)
         await stream.read()
         servicer.next.release()
         await stream.read()
@@ -266,7 +266,7 @@ async def test_the_last_use_is_written_at_most_once_a_minute(
     last_use = "SELECT last_used_at FROM api_keys"
     assert scheduler.value(last_use) is None
     await create(scheduler, text, "ann")
-    await eventually(lambda: scheduler.value(last_use) is not None, 5)
+    await eventually(lambda: scheduler.value(last_use) is not None)
 
     noted = scheduler.value(last_use)
     store = ApiKeyStore(engine)

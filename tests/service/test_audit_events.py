@@ -20,6 +20,7 @@ from outbox.v1.sender_pb2 import Sender
 
 from outbox_server.services.scheduler.storage.changes import ACCEPTING
 from outbox_server.shared.secrets import generate_key
+from outbox_server.shared.states import JobState
 from tests.contract_methods import contract_methods
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 
@@ -97,21 +98,14 @@ class Changer:
 
     def fail(self, batch_id: str) -> None:
         """Let the jobs of a batch have failed."""
-        self._end(batch_id, 4)
+        self._end(batch_id, JobState.FAILED)
 
     def doubt(self, batch_id: str) -> None:
         """Let the jobs of a batch be uncertain."""
-        self._end(batch_id, 5)
+        self._end(batch_id, JobState.UNCERTAIN)
 
-    def _end(self, batch_id: str, state: int) -> None:
-        self.scheduler.execute(
-            "WITH moved AS (UPDATE email_jobs SET state = %s, finished_at = now()"
-            " WHERE batch_id = %s RETURNING sender_id, batch_id)"
-            " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
-            " SELECT sender_id, batch_id, date_trunc('hour', now()), s, k FROM moved,"
-            " (VALUES (1, -1), (%s, 1)) AS v (s, k)",
-            *(state, int(batch_id), state),
-        )
+    def _end(self, batch_id: str, state: JobState) -> None:
+        self.scheduler.end_jobs(state, "batch_id = %s", int(batch_id))
 
 
 async def change_mail(call: Changer, sender: Sender) -> None:

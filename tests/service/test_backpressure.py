@@ -19,6 +19,7 @@ from outbox_server.services.scheduler import intake
 from outbox_server.shared.fair_shares import PATIENCE as IN_LINE
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
+from tests.dispatchers import DispatcherProcess
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import (
     Scheduler,
@@ -107,15 +108,15 @@ async def test_a_flood_while_the_database_hangs_is_refused_at_once(
             assert refused == {("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS"): 33}
             # Other callers have separate places and connections.
             await scheduler.senders.GetSender(
-                sender_service_pb2.GetSenderRequest(sender_id=sender.sender_id), timeout=5
+                sender_service_pb2.GetSenderRequest(sender_id=sender.sender_id), timeout=PATIENCE
             )
         answers = await asyncio.gather(*flood, return_exceptions=True)
         assert sum(not isinstance(answer, BaseException) for answer in answers) == 7
         assert scheduler.value("SELECT count(*) FROM batches") == 7
 
 
-def peak_mib(process: asyncio.subprocess.Process) -> float:
-    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+def peak_mib(child: DispatcherProcess) -> float:
+    status = Path(f"/proc/{child.process.pid}/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 

@@ -9,7 +9,7 @@ from outbox.v1.batch_service_pb2 import ScheduleBatchRequest
 from outbox.v1.sender_service_pb2 import GetSenderRequest
 from structlog.testing import capture_logs
 
-from outbox_server.shared.rpc.calls import loggable
+from outbox_server.shared.rpc.call_log import loggable
 from tests.eventually import eventually
 from tests.scheduler_stack import options_for, refusal_of
 from tests.two_users import rivals

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
-import pytest_asyncio
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -21,25 +19,20 @@ from outbox.v1.email_job_service_pb2 import (
 )
 
 from outbox_server.services.scheduler import job_sets
-from outbox_server.services.scheduler.storage import job_sets as storage
+from outbox_server.services.scheduler.storage import job_set_rows
 from outbox_server.shared.heads.coalescing import ShardLoads
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from outbox_server.shared.states import JobState
+from tests.scheduler_stack import Scheduler, refusal_of
 
 ROWS = "email\n" + "".join(f"user{number}@b.org\n" for number in range(4))
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every part of a call small."""
-    monkeypatch.setattr(storage, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(job_set_rows, "ROWS_AT_ONCE", 2)
     # So that a part may end within a block.
-    monkeypatch.setattr(storage, "BLOCK_JOBS", 1)
+    monkeypatch.setattr(job_set_rows, "BLOCK_JOBS", 1)
 
 
 async def events(scheduler: Scheduler, action: str) -> list[tuple[str, str, Any]]:
@@ -52,18 +45,6 @@ async def events(scheduler: Scheduler, action: str) -> list[tuple[str, str, Any]
         for event in reversed(answer.audit_events)
         if event.action == action
     ]
-
-
-def fail_all(scheduler: Scheduler) -> None:
-    """Move all waiting jobs to FAILED."""
-    scheduler.execute(
-        "WITH moved AS (UPDATE email_jobs SET state = 4, finished_at = now(), attempt = 1"
-        " WHERE state = 1 RETURNING sender_id, batch_id)"
-        " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
-        " SELECT sender_id, batch_id, date_trunc('hour', now()), s,"
-        " CASE s WHEN 1 THEN -count(*) ELSE count(*) END"
-        " FROM moved, unnest(ARRAY[1, 4]) AS s GROUP BY 1, 2, s"
-    )
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -92,7 +73,7 @@ async def test_a_change_in_parts_is_recorded_for_the_owner_whom_the_caller_need_
     owners = "SELECT request_id, user_id FROM change_requests WHERE answer IS NOT NULL ORDER BY 1"
     assert scheduler.rows(owners) == [("once", None), ("twice", "ann")]
 
-    fail_all(scheduler)
+    scheduler.end_jobs(JobState.FAILED)
     retry = RetryEmailJobsRequest(sender_id=sender.sender_id)
     assert (await scheduler.jobs.RetryEmailJobs(retry)).retried_count == 3
     target = f"senders/{sender.sender_id}"
@@ -112,7 +93,7 @@ async def test_a_change_that_is_interrupted_after_a_commit_is_in_the_audit_log(
     batch = (await scheduler.schedule(sender, ROWS)).batch.batch_id
     job = str(scheduler.value("SELECT min(id) FROM email_jobs"))
     if kind.startswith("retr"):
-        fail_all(scheduler)
+        scheduler.end_jobs(JobState.FAILED)
 
     async def interrupted(*_: object, **__: object) -> None:
         raise RuntimeError("as if the process were killed here")

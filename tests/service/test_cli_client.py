@@ -16,8 +16,9 @@ from outbox_server.cli.main import app
 from outbox_server.deploy.ports import free_port
 from outbox_server.shared.rpc import server_info
 from tests import cooldowns
-from tests.commands import CommandResult, outbox, run
+from tests.commands import CommandResult, outbox, run, run_process
 from tests.eventually import PATIENCE
+from tests.for_each import for_each_case
 from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.stats_stack import running_stats
 
@@ -58,14 +59,15 @@ def read(name: str) -> str:
     return Path(name).read_bytes().decode()
 
 
-async def schedule(
-    scheduler: Scheduler, file: str, *words: str, stdin: bytes | None = None
-) -> CommandResult:
+async def schedule(scheduler: Scheduler, file: str, *words: str, piped: str = "") -> CommandResult:
+    """Run `outbox schedule`; with `piped`, as a process that gets it through a pipe."""
     sender = await scheduler.sender()
     content = ("--subject", "Hello", "--body", "Dear {{ first_name | default: 'you' }}")
-    return await outbox(
-        scheduler, "schedule", file, "--sender", sender.sender_id, *content, *words, stdin=stdin
-    )
+    words = ("schedule", file, "--sender", sender.sender_id, *content, *words)
+    if not piped:
+        return await outbox(scheduler, *words)
+    server = ("--server", scheduler.address)
+    return await asyncio.to_thread(run_process, [*words, *server], piped.encode())
 
 
 @pytest.mark.parametrize("piped", [False, True])
@@ -73,8 +75,8 @@ async def test_rejections_are_a_csv_that_can_be_fixed_and_sent_again(
     scheduler: Scheduler, piped: bool
 ) -> None:
     write("people.csv", CSV)
-    file, stdin = ("-", CSV.encode()) if piped else ("people.csv", None)
-    done = await schedule(scheduler, file, "--rejections", "bad.csv", stdin=stdin)
+    file, content = ("-", CSV) if piped else ("people.csv", "")
+    done = await schedule(scheduler, file, "--rejections", "bad.csv", piped=content)
     assert done.exit_code == 0, done.stderr
     assert "2 accepted, 3 rejected" in done.stderr
     bad = read("bad.csv")
@@ -111,7 +113,7 @@ async def test_headers_ids_and_labels_are_options(scheduler: Scheduler) -> None:
         *("--external-id-column", "no", "--label-column", "region", "-o", "json"),
     )
     assert done.exit_code == 0, done.stderr
-    batch = json.loads(done.stdout[done.stdout.index("{\n") :])["batch"]
+    batch = json.loads(done.stdout)["batch"]
     assert [each["value"] for each in batch["headers"]] == [
         "<https://b.org/{{ no }}>",
         "List-Unsubscribe=One-Click",
@@ -121,7 +123,7 @@ async def test_headers_ids_and_labels_are_options(scheduler: Scheduler) -> None:
     listed = await outbox(
         scheduler, "jobs", "list", "--user", "ann", "--filter", wanted, "-o", "json"
     )
-    [job] = json.loads(listed.stdout[listed.stdout.index("{\n") :])["email_jobs"]
+    [job] = json.loads(listed.stdout)["email_jobs"]
     assert (job["recipient"], job["external_id"]) == ("a@b.org", "7")
 
     for words, said in (
@@ -171,7 +173,7 @@ async def test_a_dry_run_answers_like_the_real_run_and_schedules_nothing(
         "5 rows read: 2 would be accepted, 3 rejected, 0 duplicate, 0 suppressed;"
         " nothing was scheduled\n"
     )
-    found = json.loads(asked.stdout[asked.stdout.index("{\n") :])
+    found = json.loads(asked.stdout)
     assert found["batch"]["accepted_count"] == "2"
     assert len(found["rejections"]) == 3
     distance = datetime.fromisoformat(found["forecast_end_time"]) - datetime.now(UTC)
@@ -184,8 +186,8 @@ async def test_a_dry_run_answers_like_the_real_run_and_schedules_nothing(
     assert read("bad.csv").count("e_mail;") == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "text"),
+@for_each_case(
+    "options code text",
     [
         (["--wait"], 2, "--wait follows a batch"),
         (["--mode", "strict"], 1, "the mode is STRICT; the first: row 3"),
@@ -224,7 +226,7 @@ async def test_all_pages_of_a_list_are_one_document(scheduler: Scheduler) -> Non
     assert "more results: use --all" in paged.stderr
     words = ("jobs", "list", "--user", "ann", "--page-size", "2", "--all", "-o", "json")
     listed = await outbox(scheduler, *words)
-    document = json.loads(listed.stdout[listed.stdout.index("{\n") :])
+    document = json.loads(listed.stdout)
     assert [job["recipient"] for job in document["email_jobs"]] == [f"{n}@b.org" for n in range(5)]
     assert document["next_page_token"] == ""
 
@@ -271,7 +273,7 @@ async def test_a_cooldown_is_shown_everywhere_without_terminal_escapes(
             assert all(char.isprintable() or char == "\n" for char in printed), words
             assert output == "json" or text in printed, words
     done = await outbox(scheduler, "senders", "get", user, "-o", "json")
-    document = json.loads(done.stdout[done.stdout.index("{\n") :])
+    document = json.loads(done.stdout)
     assert document["cooldown"]["message"] == message
     done = await outbox(scheduler, "senders", "resume", user)
     assert done.exit_code == 0

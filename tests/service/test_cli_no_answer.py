@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
 from outbox_server.deploy.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.settings import load_settings
 from tests.commands import run
@@ -172,8 +173,10 @@ def test_a_host_that_drops_packets_is_reported() -> None:
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(server.getsockname())
-        line = asked(f"127.0.0.1:{server.getsockname()[1]}")
-    assert "within 0.5 s: the host is down, or a firewall drops the connection; start" in line
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for options in ((), ("--timeout", "100ms")):
+            line = asked(address, *options)
+            assert "within 0.5 s: the host is down, or a firewall drops the connection" in line
 
 
 def test_a_plaintext_call_to_a_tls_server_is_reported(certificate: Certificate) -> None:
@@ -243,6 +246,7 @@ def test_a_tls_call_to_a_plaintext_http1_server_is_reported(certificate: Certifi
         assert "is an HTTP/1 server" in asked(address, "--tls-ca", str(certificate.public))
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_server_of_another_protocol_is_quoted_without_terminal_escapes() -> None:
     with listening(saying(b"220 mail\x1b[2J ESMTP ready\r\n")) as address:
         line = asked(address)
@@ -283,6 +287,18 @@ def test_a_proxy_set_by_a_variable_is_reported(monkeypatch: pytest.MonkeyPatch) 
             f"http_proxy routes it through {proxy}; set no_proxy=127.0.0.1 to "
             "connect directly); try again"
         )
+
+
+async def test_a_command_waits_for_a_far_server() -> None:
+    async with (
+        serving("outbox.v1.SenderService") as address,
+        TcpProxy(lambda: int(address.rpartition(":")[2])) as proxy,
+    ):
+        proxy.lag(0.3)
+        # It is tried once, because it may have created a sender.
+        words = ["senders", "create", "--user", "u", "--email", "a@b.org"]
+        done = await asyncio.to_thread(run, [*words, "--server", f"127.0.0.1:{proxy.port}"])
+    assert "METHOD_NOT_FOUND" in done.stderr
 
 
 def streams_begun(received: bytes) -> Iterator[bytes]:

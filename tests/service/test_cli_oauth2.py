@@ -11,6 +11,7 @@ import pytest
 from outbox_server.deploy.certificates import self_signed
 from outbox_server.shared.secrets import SecretBox, generate_key
 from tests.commands import CommandResult, outbox
+from tests.for_each import for_each_case
 from tests.scheduler_stack import Scheduler, running_scheduler
 
 KEY = generate_key()
@@ -36,7 +37,7 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 
 
 async def senders(scheduler: Scheduler, *words: str, stdin: str = "") -> CommandResult:
-    """Run a command as a process with its own standard streams."""
+    """Run a command that reads `stdin`."""
     return await outbox(scheduler, "senders", *words, stdin=stdin.encode())
 
 
@@ -100,8 +101,8 @@ async def test_a_secret_may_come_from_stdin_and_an_update_replaces_the_whole_end
     assert stored(scheduler) == ["from-stdin", None]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
+@for_each_case(
+    "words said",
     [
         (("--oauth2-client-id", "id"), "--smtp-preset"),
         (("--oauth2-refresh-token-file", "token"), "--smtp-preset"),

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from outbox_server.shared.database.schema import REVISION
 from tests.commands import CommandResult, run
-from tests.scheduler_stack import Scheduler, running_scheduler
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
+from tests.scheduler_stack import Scheduler
 
 
 async def outbox(*words: str) -> CommandResult:
     # As a process: the scheduler of this one logs to the same stdout.
-    return await asyncio.to_thread(run, list(words), b"")
+    return await asyncio.to_thread(run, list(words))
 
 
 def error_of(failed: CommandResult, exit_code: int = 1) -> Any:

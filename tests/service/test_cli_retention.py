@@ -97,8 +97,7 @@ async def test_erase_waits_for_mail_that_is_being_sent(database_url: str, redis_
             "UPDATE email_jobs SET state = 2, attempt = 1, lease_until = now() WHERE row_number = 1"
         )
         erasing = asyncio.create_task(
-            # In a process: the scheduler in this process writes its log to the same stdout.
-            outbox(scheduler, "erase", "a@b.org", "--user", "ann", "-o", "json", stdin=b"")
+            outbox(scheduler, "erase", "a@b.org", "--user", "ann", "-o", "json")
         )
         await eventually(lambda: scheduler.rows("SELECT 1 FROM email_jobs WHERE recipient = ''"))
         assert not erasing.done()

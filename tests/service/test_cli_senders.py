@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest_asyncio
 
 from outbox_server.deploy.certificates import self_signed, server_context
+from tests.commands import outbox
 from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.smtp_servers import Say, ScriptedServer
 
@@ -24,13 +23,9 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 
 
 async def senders(scheduler: Scheduler, *words: str) -> tuple[int, Any]:
-    """Run a command as a process; return its exit code and its JSON."""
-    program = str(Path(sys.executable).with_name("outbox"))
-    command = [program, "senders", *words, "--server", scheduler.address, "-o", "json"]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    stdout, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, json.loads(stdout)
+    """Run a command; return its exit code and its JSON."""
+    done = await outbox(scheduler, "senders", *words, "-o", "json")
+    return done.exit_code, json.loads(done.stdout)
 
 
 async def test_a_sender_with_a_private_ca_is_verified_up_to_the_recipient(

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
+from tests.commands import outbox
 from tests.scheduler_stack import Scheduler, running_scheduler
 
 
 async def users(scheduler: Scheduler, *words: str) -> tuple[int, Any]:
-    """Run a command as a process; return its exit code and its JSON, or its error."""
-    program = str(Path(sys.executable).with_name("outbox"))
-    command = [program, "users", *words, "--server", scheduler.address, "-o", "json"]
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
-    stdout, stderr = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, json.loads(stdout) if stdout else stderr.decode()
+    """Run a command; return its exit code and its JSON, or its error."""
+    done = await outbox(scheduler, "users", *words, "-o", "json")
+    return done.exit_code, json.loads(done.stdout) if done.stdout else done.stderr
 
 
 async def test_quotas_and_domains_are_set_shown_listed_and_reset(

@@ -27,16 +27,16 @@ async def test_version_shows_every_server_that_answers(
         monkeypatch.setenv("OUTBOX_SCHEDULER_LISTEN", scheduler.address)
 
         async def described() -> list[dict[str, str]]:
-            done = await asyncio.to_thread(run, ["version", "-o", "json"], b"")
+            done = await asyncio.to_thread(run, ["version", "-o", "json"])
             assert done.exit_code == 0, done.stderr
             document = json.loads(done.stdout)
             assert document["version"] == installed_version()
             servers: list[dict[str, str]] = document["servers"]
-            return servers if "schema_revision" in servers[0] else []
+            return servers if servers[0].get("schema_revision") else []
 
         first, *others = await eventually(described)
         words = ["version", "--server", scheduler.address]
-        table = await asyncio.to_thread(run, words, b"")
+        table = await asyncio.to_thread(run, words)
     assert (first["service"], first["version"]) == ("scheduler", installed_version())
     assert (first["schema_revision"], first["code_schema_revision"]) == (REVISION, REVISION)
     assert [one["error"] for one in others] == [f"no answer from {nowhere}"] * 2

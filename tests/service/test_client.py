@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,12 @@ from outbox.v1.sender_service_pb2 import GetSenderRequest
 from outbox_client import NO_RETRIES, AlreadyExists, AsyncClient, NotFound, Tls, Unavailable
 
 from outbox_server.deploy.certificates import self_signed
+from tests.eventually import PATIENCE
+from tests.for_each import for_each_case
 from tests.misbehaving import EitherClient, misbehaving_server
 from tests.scheduler_stack import Scheduler, running_scheduler, stored
 
 CSV = b"email,name\na@b.org,Ann\nbroken,Bob\nc@d.org,Cid\n"
-
-
-@pytest.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 @pytest.fixture(params=["asyncio", "threads"])
@@ -39,7 +34,10 @@ async def options(scheduler: Scheduler, **more: Any) -> BatchOptions:
     return BatchOptions(sender_id=sender.sender_id, **more)
 
 
-@pytest.mark.parametrize("kind", ["path", "file", "bytes", "iterator", "rows"])
+@for_each_case(
+    "kind",
+    [("path",), ("file",), ("bytes",), ("iterator",), ("rows",)],
+)
 async def test_a_batch_is_created_from_any_supported_source_of_rows(
     scheduler: Scheduler, client: EitherClient, tmp_path: Path, kind: str
 ) -> None:
@@ -113,7 +111,7 @@ async def test_waiting_ends_when_no_job_of_the_batch_waits(
         scheduler.address, lambda c: c.batches.CancelBatch(CancelBatchRequest(batch_id=batch_id))
     )
     batch = await client.do(
-        scheduler.address, lambda c: c.wait_for_batch(batch_id, "ann", timeout=20)
+        scheduler.address, lambda c: c.wait_for_batch(batch_id, "ann", timeout=PATIENCE)
     )
     assert batch.state == BatchState.BATCH_STATE_CANCELLED
     assert batch.counts.cancelled_count == 2

@@ -23,6 +23,7 @@ from outbox_client import (
     Unavailable,
 )
 
+from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.shared.errors import FieldViolation
 from tests.eventually import PATIENCE, eventually
 from tests.misbehaving import AWAY, EitherClient, FailedCall, MisbehavingServer, misbehaving_server
@@ -68,6 +69,16 @@ async def test_a_write_is_never_retried_after_it_may_have_run(
         await client.do(
             server.address, lambda c: c.senders.CreateSender(CreateSenderRequest()), retry=QUICK
         )
+    assert len(server.requests) == 1
+
+
+async def test_a_call_over_a_slow_network_needs_no_second_connection(
+    server: MisbehavingServer, client: EitherClient
+) -> None:
+    async with TcpProxy(lambda: int(server.address.rpartition(":")[2])) as proxy:
+        proxy.lag(0.3)
+        address = f"127.0.0.1:{proxy.port}"
+        await client.do(address, lambda c: c.senders.CreateSender(CreateSenderRequest()))
     assert len(server.requests) == 1
 
 

@@ -23,7 +23,7 @@ from outbox_server.shared.rpc import connections
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer
 from outbox_server.shared.settings import load_settings
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.peers import HALF_A_HELLO, Flood, relayed
 from tests.two_users import check_as_fast, p99
 
@@ -55,7 +55,7 @@ async def check(address: str, credentials: grpc.ChannelCredentials | None = None
         try:
             # A client tries again if the server had no place for its connection.
             await health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True
+                health_pb2.HealthCheckRequest(), timeout=PATIENCE, wait_for_ready=True
             )
         except grpc.aio.AioRpcError as error:
             return error.code().name
@@ -116,7 +116,7 @@ async def test_older_connections_of_a_peer_survive_its_flood() -> None:
                     await flood.open(200)
                     await eventually(lambda: flood.alive() == 0)
                     assert kept.alive() == 19
-                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
                     assert not watch.done()
             watch.cancel()
 
@@ -169,7 +169,7 @@ async def test_a_peer_has_a_limited_number_of_watches_and_others_have_their_own(
                     "which is the limit; end some of them"
                 )
             # Health checks have places of their own.
-            await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
             # A peer with another address has places.
             theirs = health_pb2_grpc.HealthStub(others).Watch(health_pb2.HealthCheckRequest())
             await theirs.read()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from email import policy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outbox.v1 import dispatcher_pb2
@@ -21,6 +22,7 @@ from tests.dispatchers import RunningDispatcher, options, process, running, sett
 from tests.eventually import eventually
 from tests.scheduler_stack import refusal_of
 from tests.smtp_servers import Close, Say, ScriptedServer, Succeed, Wait
+from tests.table_locks import locked
 from tests.world import World, jobs_in
 
 Configure = Callable[..., dict[str, str]]
@@ -252,13 +254,14 @@ async def test_a_mail_in_doubt_is_held_if_the_operator_chose_hold(configure: Con
 async def test_an_internal_failure_neither_stops_the_dispatcher_nor_fails_the_mail(
     configure: Configure, inbox: Inbox
 ) -> None:
-    async with working(configure(inbox.url)) as (world, _):
+    async with working(configure(inbox.url, retry_backoff="1h")) as (world, _):
         sender = await world.sender()
         broken, good = await world.schedule(sender, 2, due=timedelta(hours=1))
         await world.sql("UPDATE email_jobs SET variables = 'no JSON' WHERE id = %s", broken)
         await world.due_now(sender)
         await eventually(lambda: world.attempts(broken))
         await world.sql("UPDATE email_jobs SET variables = NULL WHERE id = %s", broken)
+        await world.due_now(sender)
         await eventually(world.done)
 
         assert jobs_in(inbox.mails) == {broken: 1, good: 1}
@@ -419,8 +422,10 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
             assert set(refused.violations) == {"identity", "reason"}
             assert not await is_draining(dispatcher)
             said = "carol@example.com", "new kernel"
-            draining = asyncio.create_task(dispatcher.drain(identity=said[0], reason=said[1]))
+            asked: dict[str, Any] = {"identity": said[0], "reason": said[1], "request_id": "once"}
+            draining = asyncio.create_task(dispatcher.drain(**asked))
             await eventually(lambda: is_draining(dispatcher))
+            at_once = asyncio.create_task(dispatcher.drain(**asked))
             before.set()
             await eventually(lambda: server.waiting["rcpt"] == 0)
             assert not draining.done()
@@ -435,6 +440,10 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
             # It reports the drain, still answers calls, and can be drained again.
             assert not await dispatcher.serving()
             assert (await dispatcher.drain()).given_back_count == 2
+            # Calls with one id have one answer, whose times and rates are those of then.
+            assert await at_once == await dispatcher.drain(**asked) == answer
+            asked["reason"] = "another"
+            assert (await refusal_of(dispatcher.drain(**asked))).reason == "REQUEST_ID_REUSED"
             # The audit log says who began it.
             recorded = await world.sql(
                 "SELECT actor, action, target, user_id, identity, reason, before, after"
@@ -452,7 +461,11 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
                 )
             ]
             # Another dispatcher takes over at once: no lease remains.
-            async with running(settings_of(configure(inbox.url))):
+            async with running(settings_of(configure(inbox.url))) as successor:
+                # A call that was repeated at the address of its predecessor does not drain it.
+                asked["reason"] = said[1]
+                refused = await refusal_of(successor.drain(**asked))
+                assert (refused.code, refused.reason) == ("ALREADY_EXISTS", "REQUEST_ID_REUSED")
                 await eventually(world.done)
             assert set(jobs_in(inbox.mails)) == set(jobs) - set(jobs_in(server.taken))
 
@@ -487,11 +500,16 @@ async def is_idle(dispatcher: RunningDispatcher) -> bool:
 
 
 async def test_a_drain_that_cannot_be_recorded_is_made_all_the_same(
-    configure: Configure, inbox: Inbox
+    configure: Configure, database_url: str, inbox: Inbox
 ) -> None:
     async with working(configure(inbox.url)) as (world, dispatcher):
         await world.sql("ALTER TABLE audit_events ADD CONSTRAINT no_ CHECK (false) NOT VALID")
         try:
+            # Nobody can know whether it is a repeated call.
+            async with locked(database_url, "change_requests"):
+                refused = await refusal_of(dispatcher.drain(request_id="once"))
+            assert (refused.code, refused.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
+            assert not await is_draining(dispatcher)
             answer = await dispatcher.drain(reason="new kernel")
         finally:
             await world.sql("ALTER TABLE audit_events DROP CONSTRAINT no_")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from outbox_server.shared.states import JobState, ReplyClass
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
+from tests.service.test_dispatcher_shares import by
 from tests.smtp_servers import Conversation, Say, ScriptedServer, Succeed, Wait
 from tests.world import World, gap_of, jobs_in
 
@@ -70,35 +72,45 @@ async def cooldown(world: World, sender: int) -> Any:
 
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "data", "body"])
-@pytest.mark.parametrize("reply", ["451 no", "452 no", "500 no", "550 no", "554 no"])
 async def test_a_limit_of_mails_per_connection_fails_no_mail_under_any_reply(
-    configure: Configure, phase: str, reply: str
+    configure: Configure, phase: str
 ) -> None:
-    def refuse_the_second(heard: Conversation) -> Any:
+    def refuse_the_second(reply: str, heard: Conversation) -> Any:
         return Say(reply) if heard.taken == 1 else Succeed()
 
     # A cooldown or a backoff step would make a mail wait for longer than the test lasts.
     values = {"cooldown": "10m", "retry_backoff": "10m", "defer_backoff": "10m"}
-    async with ScriptedServer({phase: refuse_the_second}) as server:
-        async with working(configure(server.url, **values)) as world:
-            jobs = await world.schedule(await world.sender(max_in_flight=2), 8)
+    async with AsyncExitStack() as stack:
+        servers = [
+            await stack.enter_async_context(ScriptedServer({phase: partial(refuse_the_second, no)}))
+            for no in ("451 no", "452 no", "500 no", "550 no", "554 no")
+        ]
+        async with working(configure("smtp://127.0.0.1:1", **values)) as world:
+            jobs = [
+                await world.schedule(await world.sender(max_in_flight=2, **by(server)), 8)
+                for server in servers
+            ]
             await eventually(world.done)
-            assert await world.states() == {JobState.SENT: len(jobs)}
+            assert await world.states() == {JobState.SENT: sum(map(len, jobs))}
             rows = await world.sql("SELECT max(attempt) AS attempts FROM email_jobs")
             assert rows[0].attempts == 1
-        answered = [mail for mail in server.taken if mail.answered]
-        assert jobs_in(answered) == dict.fromkeys(jobs, 1)
-        assert server.endings == ["QUIT"] * len(jobs)
+        for server, own in zip(servers, jobs, strict=True):
+            answered = [mail for mail in server.taken if mail.answered]
+            assert jobs_in(answered) == dict.fromkeys(own, 1)
+            assert server.endings == ["QUIT"] * len(own)
 
 
-@pytest.mark.parametrize("dispatchers", [1, 3])
 @pytest.mark.parametrize(
-    ("phase", "reply"),
+    ("phase", "reply", "dispatchers"),
     [
-        ("mail", QUOTA),
-        ("rcpt", Say("550 sender has exceeded the maximum of 100 messages per hour")),
-        ("body", Say("554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException")),
-        ("mail", Say("550 5.7.1 Service unavailable, sender blocked")),
+        ("mail", QUOTA, 3),
+        ("rcpt", Say("550 sender has exceeded the maximum of 100 messages per hour"), 1),
+        (
+            "body",
+            Say("554 5.2.0 STOREDRV.Submission.Exception:SubmissionQuotaExceededException"),
+            3,
+        ),
+        ("mail", Say("550 5.7.1 Service unavailable, sender blocked"), 1),
     ],
 )
 async def test_a_refused_account_fails_no_mail_and_is_probed_with_one_mail_at_a_time(

@@ -52,7 +52,7 @@ async def test_an_attempt_has_its_dispatcher_and_its_endpoint(
         endpoints = []
         async with world.engine.connect() as connection:
             for job in jobs:
-                [attempt] = await list_attempts(connection, job, 0, 10)
+                [attempt], _ = await list_attempts(connection, job, None, 0, 10, descending=False)
                 found = await read_job(connection, job, None)
                 assert found is not None
                 assert found.last == attempt
@@ -77,6 +77,22 @@ async def test_the_dispatchers_that_run_are_listed_with_what_they_do(
             async with running(settings) as second:
                 other = (await second.status()).dispatcher_id
                 await eventually(lambda: _are(listed, {me, other}))
+                for text, order, ids in (
+                    ("", "start_time", [me, other]),
+                    ("", "start_time desc", [other, me]),
+                    (f"dispatcher_id = {other}", "", [other]),
+                    ("state = SERVING AND NOT concurrency < 5", "", [me, other]),
+                    ("state = DISPATCHER_STATE_DRAINING OR in_flight_count > 0", "", []),
+                    ("oldest_lease_time < 2999-01-01T00:00:00Z", "", []),
+                    ("oldest_lease_time != 2999-01-01T00:00:00Z", "", [me, other]),
+                    ("start_time > 2026-01-01T00:00:00Z", "start_time desc", [other, me]),
+                ):
+                    asked = ListDispatchersRequest(filter=text, order_by=order)
+                    answer = await first.stub.ListDispatchers(asked)
+                    assert [one.dispatcher_id for one in answer.dispatchers] == ids, text
+                asked = ListDispatchersRequest(filter="nothing = 1", order_by="state")
+                refusal = await refusal_of(first.stub.ListDispatchers(asked))
+                assert set(refusal.violations) == {"filter", "order_by"}
             # One that has stopped is not listed, nor one that was killed.
             await eventually(lambda: _are(listed, {me}))
             await world.sql(
@@ -150,7 +166,22 @@ async def test_endpoints_are_shown_with_their_replies_to_their_user_and_to_opera
         assert await shown("eve") == {}
         everyone = await shown("operator")
         assert {user for user, _ in everyone} == {"ann", ""}
-        refusal = await refusal_of(
-            stub.ListEndpointStats(ListEndpointStatsRequest(), metadata=keys["service"])
-        )
+        for text, order, users in (
+            ("", "", ["ann", ""]),
+            ("", "attempt_count", ["", "ann"]),
+            (f"port = {server.port} AND host = 127.0.0.1", "", ["ann"]),
+            ("user_id != ann OR attempt_count > 2", "attempt_count desc", ["ann", ""]),
+            ("NOT circuit_open_time != 2026-01-01T00:00:00Z", "", []),
+            ("dispatcher_count > 2", "", []),
+        ):
+            asked = ListEndpointStatsRequest(filter=text, order_by=order)
+            answer = await stub.ListEndpointStats(asked, metadata=keys["operator"])
+            assert [one.user_id for one in answer.endpoint_stats] == users, text
+        # A filter shows nobody what belongs to others.
+        asked = ListEndpointStatsRequest(filter='user_id != ""')
+        answer = await stub.ListEndpointStats(asked, metadata=keys["eve"])
+        assert not answer.endpoint_stats
+        asked = ListEndpointStatsRequest(filter="nothing = 1", order_by="host")
+        refusal = await refusal_of(stub.ListEndpointStats(asked, metadata=keys["service"]))
         assert refusal.reason == "USER_ID_REQUIRED"
+        assert set(refusal.violations) == {"user_id", "filter", "order_by"}

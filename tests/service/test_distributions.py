@@ -35,13 +35,22 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name.partition("-")[0]: path for path in folder.glob("*.whl")}
 
 
-def python(folder: Path, program: str) -> str:
-    """Run a program that can import the packages in `folder` and the dependencies, not the sources.
+@pytest.fixture(scope="module")
+def installed(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both distributions."""
+    folder = tmp_path_factory.mktemp("installed")
+    install(folder, *wheels.values())
+    return folder
+
+
+def python(program: str, *folders: Path) -> str:
+    """Run a program that can import what is in folders and the dependencies, but not the sources.
 
     Without `site`, the editable installation of the sources is not on the import path.
     """
-    paths = f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.path.append({SITE!r})\n"
-    return run(sys.executable, "-I", "-S", "-c", paths + program, cwd=folder)
+    ours = [str(folder) for folder in folders]
+    paths = f"import sys; sys.path[:0] = {ours!r}; sys.path.append({SITE!r})\n"
+    return run(sys.executable, "-I", "-S", "-c", paths + program, cwd=folders[0])
 
 
 def install(folder: Path, *wheels: Path) -> None:
@@ -69,15 +78,14 @@ def test_the_client_works_without_the_server_package(
         "print(found, outbox_client.__file__)\n"
         "print((files[0] / 'outbox.binpb').is_file(), (files[1] / 'py.typed').is_file())\n"
     )
-    shown = python(tmp_path, program).splitlines()
+    shown = python(program, tmp_path).splitlines()
     assert shown == [
         f"[None, None, None] {tmp_path / 'outbox_client' / '__init__.py'}",
         "True True",
     ]
 
 
-def test_the_command_line_works_beside_the_client(wheels: dict[str, Path], tmp_path: Path) -> None:
-    install(tmp_path, *wheels.values())
+def test_the_command_line_works_beside_the_client(installed: Path) -> None:
     program = (
         "import outbox_server.cli.schedule, outbox_server.services.scheduler.server\n"
         "from outbox_server.cli.main import main\n"
@@ -85,17 +93,14 @@ def test_the_command_line_works_beside_the_client(wheels: dict[str, Path], tmp_p
         "sys.argv = ['outbox', '--version']\n"
         "main()\n"
     )
-    shown = python(tmp_path, program).splitlines()
+    shown = python(program, installed).splitlines()
     assert shown == [
-        str(tmp_path / "outbox_server" / "cli" / "__init__.py"),
+        str(installed / "outbox_server" / "cli" / "__init__.py"),
         f"outbox {project_version()}",
     ]
 
 
-def test_services_start_without_the_libraries_of_the_command_line(
-    wheels: dict[str, Path], tmp_path: Path
-) -> None:
-    install(tmp_path, *wheels.values())
+def test_services_start_without_the_libraries_of_the_command_line(installed: Path) -> None:
     program = (
         "for name in ('plotext', 'pygal', 'rich', 'typer'):\n"
         "    sys.modules[name] = None\n"
@@ -107,15 +112,14 @@ def test_services_start_without_the_libraries_of_the_command_line(
         "except SystemExit as exit:\n"
         "    print(exit.code)\n"
     )
-    (shown,) = python(tmp_path, program).splitlines()
+    (shown,) = python(program, installed).splitlines()
     assert shown.startswith("outbox: the command line is not installed: pip install 'outbox[cli]'")
 
 
 def test_the_servers_work_beside_a_project_with_packages_of_the_same_names(
-    wheels: dict[str, Path], tmp_path: Path
+    wheels: dict[str, Path], installed: Path, tmp_path: Path
 ) -> None:
     """Each wheel adds one import name, which does not depend on the repository's folder names."""
-    install(tmp_path, *wheels.values())
     for name in ("shared", "services", "cli", "deploy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("OWNER = 'project'\n", encoding="utf-8")
@@ -125,6 +129,6 @@ def test_the_servers_work_beside_a_project_with_packages_of_the_same_names(
         "import outbox_server.deploy.embedded.stack\n"
         "print(*(package.OWNER for package in (shared, services, cli, deploy)))\n"
     )
-    assert python(tmp_path, program).split() == ["project"] * 4
+    assert python(program, tmp_path, installed).split() == ["project"] * 4
     names = {name.partition("/")[0] for name in zipfile.ZipFile(wheels["outbox"]).namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"outbox_server"}

@@ -108,20 +108,8 @@ async def schedule_her(scheduler: Scheduler, sender: sender_pb2.Sender) -> list[
 
 def end(scheduler: Scheduler, job_id: int, state: JobState) -> None:
     """End a job with a reply that contains the address."""
-    scheduler.execute(
-        "WITH ended AS (UPDATE email_jobs SET state = %s, finished_at = now(), attempt = 1,"
-        " lease_until = NULL WHERE id = %s RETURNING *), counted AS (INSERT INTO count_deltas"
-        " (sender_id, batch_id, hour, state, n) SELECT sender_id, batch_id,"
-        " date_trunc('hour', now(), 'UTC'), way.state, way.n FROM ended,"
-        " (VALUES (1, -1), (%s, 1)) AS way (state, n))"
-        " INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
-        " counted, smtp_code, message) SELECT id, 1, sender_id, now(), now(), 3, true, 550, %s"
-        " FROM ended",
-        int(state),
-        job_id,
-        int(state),
-        f"<{ADDRESS}>: no such user",
-    )
+    scheduler.end_jobs(state, "id = %s", job_id)
+    scheduler.refuse_jobs(f"<{ADDRESS}>: no such user", "id = %s", job_id)
 
 
 async def counts(scheduler: Scheduler, sender: sender_pb2.Sender) -> list[Any]:

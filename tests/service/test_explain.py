@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
-import pytest_asyncio
 from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1 import sender_pb2
 from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_CANCELLED
@@ -20,12 +18,6 @@ from outbox_server.deploy.ports import free_port
 from tests import cooldowns, dispatchers
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 async def explain(scheduler: Scheduler, job: int, **more: Any) -> pb.ExplainEmailJobResponse:

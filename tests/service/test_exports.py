@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
-import pytest_asyncio
 from outbox.v1.email_job_service_pb2 import (
     ExportedEmailJob,
     ExportEmailJobsRequest,
@@ -18,27 +16,12 @@ from outbox.v1.suppression_service_pb2 import ExportSuppressionsRequest
 from outbox_client import AsyncClient
 
 from outbox_server.deploy.ports import free_port
+from outbox_server.shared.states import JobState
 from tests.commands import outbox
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 JOBS: Final = 5_000
-_FAIL: Final = (
-    "WITH moved AS (UPDATE email_jobs SET state = 4, attempt = 1, finished_at = now()"
-    " WHERE mod(row_number, %s) = 0 RETURNING id, sender_id, batch_id),"
-    " counted AS (INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
-    " SELECT sender_id, batch_id, date_trunc('hour', now()), s, k FROM moved,"
-    " (VALUES (1, -1), (4, 1)) AS v (s, k))"
-    " INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
-    " counted, smtp_code, message) SELECT id, 1, sender_id, now(), now(), 3, true, 550, %s"
-    " FROM moved"
-)
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 async def fill(scheduler: Scheduler, count: int, every: int, message: str) -> str:
@@ -47,7 +30,8 @@ async def fill(scheduler: Scheduler, count: int, every: int, message: str) -> st
     tags = {"external_id_column": "email", "labels": {"region": "north", "campaign": "spring"}}
     accepted = await scheduler.schedule(sender, f"email\n{rows}", **tags)
     await scheduler.schedule(await scheduler.sender("bob"))
-    scheduler.execute(_FAIL, every, message)
+    scheduler.end_jobs(JobState.FAILED, "mod(row_number, %s) = 0", every)
+    scheduler.refuse_jobs(message, "mod(row_number, %s) = 0", every)
     return accepted.batch.batch_id
 
 
@@ -119,7 +103,7 @@ async def test_the_command_line_writes_and_reads_exports(
 ) -> None:
     batch = await fill(scheduler, 3, 2, "=HYPERLINK(1)")
     # As processes: the log of a scheduler in this process goes to stdout, too.
-    done = await outbox(scheduler, "jobs", "export", "--user", "ann", stdin=b"")
+    done = await outbox(scheduler, "jobs", "export", "--user", "ann")
     assert (done.exit_code, done.stderr.strip()) == (0, "3 jobs")
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [(row["recipient"], row["state"], row["smtp_code"]) for row in rows] == [
@@ -132,24 +116,24 @@ async def test_the_command_line_writes_and_reads_exports(
     assert tags == [(f"r{n}@b.org", "campaign=spring, region=north", "no") for n in (1, 2, 3)]
     assert [row["dispatcher_id"] for row in rows] == ["", "", ""]
     words = ("--batch", batch, "--filter", "state = FAILED", "-o", "json")
-    done = await outbox(scheduler, "jobs", "export", *words, stdin=b"")
+    done = await outbox(scheduler, "jobs", "export", *words)
     (line,) = done.stdout.splitlines()
     document = json.loads(line)
     assert document["email_job"]["recipient"] == "r2@b.org"
     assert document["last_attempt"]["message"] == "=HYPERLINK(1)"
 
-    done = await outbox(scheduler, "jobs", "export", stdin=b"")
+    done = await outbox(scheduler, "jobs", "export")
     assert (done.exit_code, done.stdout, "--user" in done.stderr) == (1, "", True)
 
     listed = tmp_path / "list.csv"
     listed.write_text("address;email;reason\nx;r1@b.org;moved\nx;bad;\nx;r3@b.org;\n")
     importing = ("suppressions", "import", str(listed), "--user", "ann", "--reason", "gone")
-    done = await outbox(scheduler, *importing, "-o", "json", stdin=b"")
+    done = await outbox(scheduler, *importing, "-o", "json")
     assert done.exit_code == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["created_count"], answer["rejected_count"]) == ("2", "1")
     assert answer["suppressed_job_count"] == "2"
-    done = await outbox(scheduler, "suppressions", "export", "--user", "ann", stdin=b"")
+    done = await outbox(scheduler, "suppressions", "export", "--user", "ann")
     assert [line.rpartition(",")[0] for line in done.stdout.splitlines()] == [
         "email,reason",
         "r1@b.org,moved",
@@ -159,9 +143,7 @@ async def test_the_command_line_writes_and_reads_exports(
     again = await outbox(scheduler, *piped, stdin=done.stdout.encode())
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["created_count"] == "2", again.stderr
-    done = await outbox(
-        scheduler, "suppressions", "get", "R1@b.org", "--user", "bob", "-o", "json", stdin=b""
-    )
+    done = await outbox(scheduler, "suppressions", "get", "R1@b.org", "--user", "bob", "-o", "json")
     assert json.loads(done.stdout)["reason"] == "moved"
     done = await outbox(scheduler, "suppressions", "get", "r2@b.org", "--user", "bob")
     assert (done.exit_code, "SUPPRESSION_NOT_FOUND" in done.stderr) == (1, True)

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from outbox_server.shared.rpc.field_limits import FieldLimit, LimitUnit, limit_of
 from tests.contract_methods import contract_methods
+from tests.eventually import PATIENCE
 from tests.scheduler_stack import Refusal, Scheduler, options_for, refusal_of, running_scheduler
 from tests.stats_stack import stats_server
 
@@ -168,10 +169,12 @@ class Servers:
                 opening = message_factory.GetMessageClass(method.input_type)()
                 opening.options.CopyFrom(options_for(self.sender))  # type: ignore[attr-defined]
                 first.append(opening.SerializeToString())
-            return await refusal_of(channel.stream_unary(path)(iter([*first, data]), timeout=20))
+            return await refusal_of(
+                channel.stream_unary(path)(iter([*first, data]), timeout=PATIENCE)
+            )
         if method.server_streaming:
-            return await refusal_of(channel.unary_stream(path)(data, timeout=20).read())
-        return await refusal_of(channel.unary_unary(path)(data, timeout=20))
+            return await refusal_of(channel.unary_stream(path)(data, timeout=PATIENCE).read())
+        return await refusal_of(channel.unary_unary(path)(data, timeout=PATIENCE))
 
 
 @pytest.fixture

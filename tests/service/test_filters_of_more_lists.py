@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from outbox.v1.api_key_pb2 import API_KEY_KIND_SERVICE as SERVICE
 from outbox.v1.api_key_pb2 import API_KEY_KIND_USER as USER
 from outbox.v1.api_key_pb2 import ApiKey
@@ -20,16 +19,14 @@ from outbox.v1.api_key_service_pb2 import (
 from outbox.v1.audit_pb2 import AuditEvent
 from outbox.v1.audit_service_pb2 import ListAuditEventsRequest
 from outbox.v1.batch_service_pb2 import ListRejectionsRequest
+from outbox.v1.email_job_service_pb2 import ListAttemptsRequest
+from outbox.v1.user_pb2 import User, UserQuotas
+from outbox.v1.user_service_pb2 import ListUsersRequest, UpdateUserRequest
 from outbox.v1.webhook_service_pb2 import ListWebhookDeliveriesRequest, ListWebhooksRequest
 
 from outbox_server.services.scheduler.storage import bounded
-from tests.scheduler_stack import Scheduler, running_scheduler
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
+from outbox_server.services.scheduler.storage import users as storage_of_users
+from tests.scheduler_stack import Scheduler
 
 
 async def test_rejections_webhooks_and_their_deliveries_are_filtered_and_ordered(
@@ -87,6 +84,67 @@ async def test_rejections_webhooks_and_their_deliveries_are_filtered_and_ordered
             "http_status = 0 OR http_status = 404": ["1", "3"],
             "next_attempt_time > 2026-01-01T00:00:00Z": ["2"],
             "event_count >= 2 AND attempt_count = 1": ["2", "3"],
+        },
+    )
+
+
+async def test_attempts_and_users_are_filtered_and_ordered(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("ann", "bob", "cleo"):
+        sender = await scheduler.sender(user)
+    await scheduler.schedule(sender)
+    (job,) = scheduler.rows("SELECT id FROM email_jobs")[0]
+    number = scheduler.value(
+        "INSERT INTO dispatchers (dispatcher_id, concurrency, seen_at, draining, in_flight,"
+        " sent_per_second, attempts_per_second) VALUES ('d', 1, now(), false, 0, 0, 0)"
+        " RETURNING id"
+    )
+    for attempt, outcome, code, reply, end in (
+        (1, 4, None, None, "mx.example.com:25"),
+        (2, 2, 451, 7, "relay"),
+        (32_767, 1, 250, 1, "relay"),
+    ):
+        scheduler.execute(
+            "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+            " counted, smtp_code, reply_class, endpoint, dispatcher)"
+            " VALUES (%s, %s, 1, now(), now(), %s, true, %s, %s, %s, %s)",
+            *(job, attempt, outcome, code, reply, end, number if reply else None),
+        )
+    await check_lists(
+        monkeypatch,
+        scheduler.jobs.ListAttempts,
+        partial(ListAttemptsRequest, email_job_id=str(job)),
+        ("attempts", "attempt_number", "attempt_number"),
+        {
+            "": ["1", "2", "32767"],
+            "outcome = SENT OR outcome = ATTEMPT_OUTCOME_CONNECTION_FAILURE": ["1", "32767"],
+            "smtp_code >= 400 AND smtp_code < 999999999999": ["2"],
+            "NOT smtp_code = 250": ["1", "2"],
+            "reply_class != SENT": ["1", "2"],
+            "reply_class = REPLY_CLASS_SENT": ["32767"],
+            "dispatcher_id = d": ["2", "32767"],
+            "endpoint = mx.example.com:25": ["1"],
+            "attempt_number > 1 AND end_time > 2026-01-01T00:00:00Z": ["2", "32767"],
+            "enhanced_code = 5.1.1": [],
+        },
+    )
+    await scheduler.users.UpdateUser(
+        UpdateUserRequest(user=User(user_id="bob", quotas=UserQuotas(senders=7)))
+    )
+    monkeypatch.setattr(storage_of_users, "_MOST_READ", 2)
+    await check_lists(
+        monkeypatch,
+        scheduler.users.ListUsers,
+        ListUsersRequest,
+        ("users", "user_id", "user_id"),
+        {
+            "": ["ann", "bob", "cleo"],
+            "user_id = cleo": ["cleo"],
+            "user_id = nobody": [],
+            "user_id != bob": ["ann", "cleo"],
+            "update_time > 2026-01-01T00:00:00Z": ["bob"],
+            "update_time != 2026-01-01T00:00:00Z": ["ann", "bob", "cleo"],
         },
     )
 

@@ -21,6 +21,7 @@ from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.rpc.server import GrpcServer
 from outbox_server.shared.settings import load_settings
+from tests.eventually import PATIENCE
 
 Pair = tuple[str, str]
 
@@ -63,7 +64,7 @@ async def answers(address: str, trust: str = "", own: Pair | None = None) -> boo
     async with opened as channel:
         try:
             await health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=10
+                health_pb2.HealthCheckRequest(), timeout=PATIENCE
             )
         except grpc.aio.AioRpcError as error:
             assert error.code() is grpc.StatusCode.UNAVAILABLE  # noqa: PT017 - both ways are right

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
 from datetime import timedelta
 from typing import Any
 
-import pytest
 from outbox.v1 import email_job_service_pb2
 from outbox.v1.hold_pb2 import (
     HELD_AGE_DUE_LATER,
@@ -30,15 +29,9 @@ from outbox.v1.hold_service_pb2 import (
 from outbox.v1.sender_pb2 import Sender
 
 from outbox_server.shared.states import JobState
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, refusal_of
 
 HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 async def begin(scheduler: Scheduler) -> Hold:
@@ -131,10 +124,9 @@ async def test_a_release_stays_in_force_and_the_hold_ends_with_the_last_held_job
     hold = await read(scheduler)
     assert [(each.user_id, each.job_count) for each in hold.senders] == [("bob", 3)]
     assert list(hold.releases) == [release.filter]
-    answer = await scheduler.holds.ReleaseHeldJobs(
-        ReleaseHeldJobsRequest(filter=HeldFilter(sender_id=bob.sender_id))
-    )
-    assert (answer.released_count, answer.hold_ended) == (3, True)
+    last = ReleaseHeldJobsRequest(filter=HeldFilter(sender_id=bob.sender_id), request_id="once")
+    answers = await asyncio.gather(*(scheduler.holds.ReleaseHeldJobs(last) for _ in range(4)))
+    assert {(each.released_count, each.hold_ended) for each in answers} == {(3, True)}
     assert await read(scheduler) == Hold()
     assert scheduler.value("SELECT count(*) FROM hold_releases") == 0
 
@@ -145,10 +137,17 @@ async def test_what_is_cancelled_is_cancelled_and_what_is_released_is_not(
     ann, bob = await scheduler.sender("ann"), await scheduler.sender("bob")
     await batch(scheduler, ann, 3)
     await batch(scheduler, bob, 2)
+    cancel = CancelHeldJobsRequest(all=True, request_id="once", reason="too early")
+    refusal = await refusal_of(scheduler.holds.CancelHeldJobs(cancel))
+    assert refusal.reason == "NOT_HELD"
     await begin(scheduler)
     released = ReleaseHeldJobsRequest(filter=HeldFilter(user_id="ann"))
     await scheduler.holds.ReleaseHeldJobs(released)
-    answer = await scheduler.holds.CancelHeldJobs(CancelHeldJobsRequest(all=True))
+    # What was refused has left its id free.
+    cancel.reason = "now"
+    answers = await asyncio.gather(*(scheduler.holds.CancelHeldJobs(cancel) for _ in range(4)))
+    assert len({each.SerializeToString() for each in answers}) == 1
+    answer = answers[0]
     assert (answer.cancelled_count, answer.more, answer.hold_ended) == (2, False, True)
     states = scheduler.rows(
         "SELECT user_id, j.state, count(*) FROM email_jobs j JOIN senders s ON s.id = sender_id"

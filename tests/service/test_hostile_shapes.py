@@ -17,6 +17,7 @@ from outbox.v1.batch_pb2 import Recipient
 
 from outbox_server.shared.rpc.field_limits import LimitUnit
 from tests.contract_methods import contract_methods
+from tests.eventually import PATIENCE
 from tests.hostile_shapes import harmless_texts, hostile_texts
 from tests.scheduler_stack import Scheduler, options_for, running_scheduler
 from tests.service.test_field_limits import Place, places
@@ -80,13 +81,13 @@ class Target:
         ended_by_limit = False
         try:
             if method.client_streaming:
-                await channel.stream_unary(path)(iter(messages), timeout=60)
+                await channel.stream_unary(path)(iter(messages), timeout=PATIENCE)
             elif method.server_streaming:
-                stream = channel.unary_stream(path)(messages[0], timeout=60)
+                stream = channel.unary_stream(path)(messages[0], timeout=PATIENCE)
                 await stream.read()
                 stream.cancel()
             else:
-                await channel.unary_unary(path)(messages[0], timeout=60)
+                await channel.unary_unary(path)(messages[0], timeout=PATIENCE)
         except grpc.aio.AioRpcError as error:
             ended_by_limit = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert not ended_by_limit, f"{place}: {text[:30]!r}"

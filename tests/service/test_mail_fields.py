@@ -28,10 +28,10 @@ from outbox.v1.email_job_service_pb2 import (
 )
 from outbox.v1.suppression_service_pb2 import EraseRecipientRequest
 
-from outbox_server.services.scheduler.filters.fields import FieldTest
 from outbox_server.services.scheduler.storage.job_filters import JobFilter
 from outbox_server.services.scheduler.storage.walking import walk_jobs
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.filters.fields import FieldTest
 from tests.dispatchers import options as dispatcher_options
 from tests.dispatchers import running, settings_of
 from tests.eventually import eventually

@@ -33,6 +33,7 @@ from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import JobState
 from tests import cooldowns
 from tests.dispatchers import options, running, settings_of
+from tests.eventually import PATIENCE
 from tests.fingerprint import Fingerprint
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 from tests.stats_stack import stats_server
@@ -111,7 +112,7 @@ class TwoUsers:
         self.hers = hers
         self.his = his
         # A call of Bob's that changes nothing is remembered by its id, among his.
-        self.fingerprint = Fingerprint(scheduler.settings.database_url, but=["change_requests"])
+        self.fingerprint = Fingerprint(scheduler, but=["change_requests"])
 
     async def methods(self) -> list[tuple[MethodDescriptor, grpc.aio.Channel]]:
         found = []
@@ -132,7 +133,7 @@ class TwoUsers:
         path = f"/{method.containing_service.full_name}/{method.name}"
         encoded = [message.SerializeToString() for message in messages]
         answer_type = message_factory.GetMessageClass(method.output_type)
-        kwargs: Any = {"metadata": self.metadata, "timeout": 20}
+        kwargs: Any = {"metadata": self.metadata, "timeout": PATIENCE}
         call: Any
         try:
             if method.server_streaming:
@@ -303,7 +304,7 @@ async def walk(database_url: str, redis_url: str) -> AsyncIterator[TwoUsers]:
         )
         # The rows that a first call writes exist already, and no id is a part of another number.
         scheduler.execute("INSERT INTO installation DEFAULT VALUES ON CONFLICT DO NOTHING")
-        scheduler.execute("UPDATE api_keys SET last_used_at = now()")
+        scheduler.execute("UPDATE api_keys SET last_used_at = now() + interval '1 d'")
         for table in ("senders", "batches", "email_jobs"):
             await scheduler.define(f"ALTER TABLE {table} ALTER id RESTART {next(_thousands)}")
         channels = [
@@ -455,6 +456,8 @@ class Unnamed:
         # Request ids, times, the installation in Message-IDs, secrets and tokens.
         r"(walk|request)-\d+|seconds: [12]\d{9}|nanos: \d+|\d{4}-\d\d-\d\d[T ][\d:.]+|Date: [^\\]+"
         r"|\.[0-9a-f]{12}@|whsec_[^\"]+|_token: .+|erased:[0-9a-f]+"
+        # Whether Outbox has tried to reach a webhook yet.
+        r"|  failing_since_time {[^}]*}\n|  last_error: .+\n"
     )
 
     def __init__(self) -> None:

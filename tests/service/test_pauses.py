@@ -34,7 +34,7 @@ from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import dispatcher as dispatcher_module
 from outbox_server.shared.database.pauses import MOST_PAUSED_BATCHES
 from tests.dispatchers import options, running, settings_of
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World
@@ -168,27 +168,31 @@ async def test_a_pause_until_a_time_ends_by_itself_also_after_a_flushall(stack: 
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1")
     later = await stack.batch(sender, "b1", schedule_time=soon(hours=5))
+    end = soon(hours=1)
+    paused = await stack.pause(batch, pause_end_time=end)
+    assert time_of(paused.pause_end_time) == time_of(end)
     async with running(settings_of(stack.values)) as dispatcher:
         await eventually(dispatcher.serving)
         end = soon(seconds=2)
-        paused = await stack.pause(batch, pause_end_time=end)
-        if not stack.sent():
-            assert time_of(paused.pause_end_time) == time_of(end)
+        await stack.pause(batch, pause_end_time=end)
         await stack.world.redis.flushall()
         await eventually(lambda: len(stack.sent()) == 1)
+    assert stack.inbox.mails[0].started_at >= time_of(end).timestamp()
     assert (await stack.get(later)).counts.scheduled_count == 1
 
 
 async def test_nothing_is_sent_before_the_end_of_a_pause(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(milliseconds=400))
-    end = soon(milliseconds=1500)
+    end = soon(hours=1)
     await stack.pause(batch, pause_end_time=end)
     found = await stack.explain(batch)
     assert found.wait_reason == jobs_pb.WAIT_REASON_BATCH_PAUSED
     assert time_of(found.wait_end_time) == time_of(end)
     assert time_of(found.estimated_send_time) >= time_of(end)
     assert time_of((await stack.get(batch)).forecast_end_time) >= time_of(end)
+    end = soon(milliseconds=1500)
+    await stack.pause(batch, pause_end_time=end)
     async with running(settings_of(stack.values)):
         await eventually(lambda: len(stack.sent()) == 1)
     started = stack.scheduler.value("SELECT started_at FROM attempts")
@@ -199,7 +203,7 @@ async def test_nothing_is_sent_before_the_end_of_a_pause(stack: Stack) -> None:
 async def test_a_sender_is_paused_until_a_time(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(milliseconds=300))
-    end = soon(milliseconds=1500)
+    end = soon(hours=1)
     request = PauseSenderRequest(sender_id=sender.sender_id, pause_end_time=end)
     paused = await stack.scheduler.senders.PauseSender(request)
     assert paused.state == sender_pb2.SENDER_STATE_PAUSED
@@ -210,6 +214,9 @@ async def test_a_sender_is_paused_until_a_time(stack: Stack) -> None:
     assert found.wait_reason == jobs_pb.WAIT_REASON_SENDER_PAUSED
     assert time_of(found.wait_end_time) == time_of(end)
     assert time_of((await stack.get(batch)).forecast_end_time) >= time_of(end)
+    end = soon(milliseconds=1500)
+    request = PauseSenderRequest(sender_id=sender.sender_id, pause_end_time=end)
+    await stack.scheduler.senders.PauseSender(request)
     async with running(settings_of(stack.values)):
         await stack.world.redis.flushall()
         await eventually(lambda: len(stack.sent()) == 1)
@@ -303,12 +310,15 @@ async def test_a_watch_shows_a_pause_and_its_end(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(hours=1))
     states = []
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         watch = stack.scheduler.batches.WatchBatch(WatchBatchRequest(batch_id=batch.batch_id))
         async for change in watch:
             states.append(change.batch.state)
             if len(states) == 1:
-                await stack.pause(batch, pause_end_time=soon(milliseconds=1500))
+                await stack.pause(batch, pause_end_time=soon(hours=1))
+            if len(states) == 2:
+                # It ends at once, but not before the watch has shown it.
+                stack.scheduler.execute("UPDATE batches SET paused_until = now()")
             if len(states) == 3:
                 break
         watch.cancel()

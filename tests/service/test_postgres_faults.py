@@ -22,6 +22,7 @@ from outbox.v1 import (
     suppression_pb2,
     suppression_service_pb2,
 )
+from structlog.testing import capture_logs
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import recovery as recovery_module
@@ -176,11 +177,17 @@ async def test_a_mail_that_ended_during_a_postgresql_outage_past_its_lease_is_se
         async with World(settings) as world, running(settings), running(settings):
             [job] = await world.schedule(await world.sender())
             await eventually(lambda: server.waiting["body"] == 1)
-            await stores.postgres.kill()
             try:
-                held.event.set()
-                await eventually(lambda: server.taken[0].answered)
-                await eventually(lambda: time.time() > server.taken[0].started_at + 1.6)
+                with capture_logs() as log:
+                    await stores.postgres.kill()
+                    held.event.set()
+                    await eventually(lambda: server.taken[0].answered)
+                    await eventually(lambda: time.time() > server.taken[0].started_at + 1.6)
+                    # Both notice the outage. With a usual lease, an outage past the end of a lease
+                    # is longer than their pauses.
+                    await eventually(
+                        lambda: sum(line["event"] == "lease recovery failed" for line in log) == 2
+                    )
             finally:
                 await stores.postgres.start()
             await eventually(lambda: done(world))

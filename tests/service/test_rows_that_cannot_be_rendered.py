@@ -17,6 +17,7 @@ from outbox.v1.batch_service_pb2 import (
 )
 
 from tests.eventually import eventually
+from tests.for_each import for_each_case
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 from tests.worker_processes import workers_here
 
@@ -90,8 +91,8 @@ async def test_a_row_that_no_mail_can_be_made_of_is_rejected_by_every_way_in(
     assert list(refused.violations) == ["rows[3].points"]
 
 
-@pytest.mark.parametrize(
-    ("templates", "rows", "reason"),
+@for_each_case(
+    "templates rows reason",
     [
         ({"subject": GOLD}, [3], "TEMPLATE_RENDER_FAILED"),
         ({"html": "{{ 100 | divided_by: points }}"}, [3], "TEMPLATE_RENDER_FAILED"),
@@ -108,7 +109,6 @@ async def test_a_row_that_no_mail_can_be_made_of_is_rejected_by_every_way_in(
         ),
         ({"body": "{{ now | date: '%Y' }} {{ today }}"}, [], ""),
     ],
-    ids=["subject", "division", "base64", "two templates", "subject of two lines", "loops", "now"],
 )
 async def test_each_template_is_rendered_with_each_row(
     scheduler: Scheduler,

@@ -37,8 +37,9 @@ from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
-from outbox_server.shared.states import FINAL_STATES, ReplyClass
+from outbox_server.shared.states import FINAL_STATES, JobState, ReplyClass
 from tests.eventually import eventually
+from tests.for_each import for_each_case
 from tests.marked_jobs import mark_refs
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
@@ -195,13 +196,7 @@ async def test_every_filter_lists_jobs_in_the_order_of_acceptance(
     second = await make_jobs(scheduler, other, 3)
     third = await make_jobs(scheduler, sender, 2)
     theirs = await make_jobs(scheduler, foreign, 3)
-    scheduler.execute(
-        "WITH moved AS (UPDATE email_jobs SET state = 4, finished_at = now() WHERE id = %s"
-        " RETURNING sender_id, batch_id) INSERT INTO count_deltas (sender_id, batch_id, hour,"
-        " state, n) SELECT sender_id, batch_id, date_trunc('hour', now()), s, d"
-        " FROM moved, (VALUES (1, -1), (4, 1)) v(s, d)",
-        int(first[1]),
-    )
+    scheduler.end_jobs(JobState.FAILED, "id = %s", int(first[1]))
     if folded:
         await fold_once(engine)
     (batch,) = scheduler.rows("SELECT batch_id FROM email_jobs WHERE id = %s", int(third[0]))[0]
@@ -278,8 +273,8 @@ async def test_a_cancelled_job_is_never_claimed(
     assert counted == [(1, 1), (6, 1)]
 
 
-@pytest.mark.parametrize(
-    ("state", "name"),
+@for_each_case(
+    "state name",
     [
         (2, "SENDING"),
         (3, "SENT"),
@@ -294,15 +289,16 @@ async def test_only_a_scheduled_job_can_be_cancelled(
 ) -> None:
     (job,) = await make_jobs(scheduler, sender)
     scheduler.execute(
-        "UPDATE email_jobs SET state = %s, lease_until = %s, finished_at = %s",
+        "UPDATE email_jobs SET state = %s, lease_until = %s, finished_at = %s WHERE id = %s",
         state,
         datetime.now(UTC) if state == 2 else None,
         datetime.now(UTC) if state in FINAL_STATES else None,
+        int(job),
     )
     refusal = await refusal_of(cancel(scheduler, job))
     assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "TOO_LATE_TO_CANCEL")
     assert refusal.metadata["state"] == name
-    assert scheduler.value("SELECT state FROM email_jobs") == state
+    assert scheduler.value("SELECT state FROM email_jobs WHERE id = %s", int(job)) == state
 
 
 async def test_exactly_one_of_a_concurrent_cancel_and_claim_wins(

@@ -22,7 +22,7 @@ from outbox.v1.email_job_service_pb2 import (
 from outbox.v1.sender_service_pb2 import DeleteSenderRequest
 
 from outbox_server.services.dispatcher.storage import AttemptRecord, settle
-from outbox_server.services.scheduler.storage import job_sets
+from outbox_server.services.scheduler.storage import job_set_rows
 from outbox_server.services.stats.storage import fold_once
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState
@@ -188,8 +188,8 @@ async def test_a_retry_without_a_filter_is_refused(scheduler: Scheduler) -> None
 async def test_a_retry_in_several_transactions_misses_no_job(
     world: World, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_sets, "_ROWS_AT_ONCE", chunk)
-    monkeypatch.setattr(job_sets, "BLOCK_JOBS", 1)
+    monkeypatch.setattr(job_set_rows, "ROWS_AT_ONCE", chunk)
+    monkeypatch.setattr(job_set_rows, "BLOCK_JOBS", 1)
     sender = await world.sender()
     jobs = await world.schedule(sender, 6)
     await end(world, jobs, JobState.FAILED)

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
 import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,6 +14,7 @@ from outbox.v1.batch_service_pb2 import (
     ScheduleBatchResponse,
 )
 
+from tests.for_each import for_each_case
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 STRICT = batch_pb2.BATCH_MODE_STRICT
@@ -53,19 +53,19 @@ async def test_a_repeated_request_gives_the_same_batch(
     assert scheduler.value("SELECT count(*) FROM email_jobs") == 1
 
 
-@pytest.mark.parametrize(
+@for_each_case(
     "change",
     [
-        {"csv": "email\nb@b.org\n"},
-        {"csv": "email\na@b.org"},
-        {"subject": "Other"},
-        {"body": None, "html": "Good day"},
-        {"spacing": Duration(seconds=1)},
-        {"schedule_time": Timestamp(seconds=4_000_000_000)},
-        {"mode": STRICT},
-        {"duplicates": KEEP_ALL},
-        {"time_zone": "Europe/Berlin"},
-        {"csv": b"\xff"},
+        ({"csv": "email\nb@b.org\n"},),
+        ({"csv": "email\na@b.org"},),
+        ({"subject": "Other"},),
+        ({"body": None, "html": "Good day"},),
+        ({"spacing": Duration(seconds=1)},),
+        ({"schedule_time": Timestamp(seconds=4_000_000_000)},),
+        ({"mode": STRICT},),
+        ({"duplicates": KEEP_ALL},),
+        ({"time_zone": "Europe/Berlin"},),
+        ({"csv": b"\xff"},),
     ],
 )
 async def test_a_different_batch_with_a_used_request_id_is_an_error(

@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -32,6 +31,7 @@ from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.secrets import SecretBox, generate_key
 from tests.conftest import Stores
 from tests.eventually import eventually
+from tests.for_each import for_each_case
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler, stored
 
 KEY = generate_key()
@@ -118,8 +118,8 @@ async def test_a_new_sender_has_the_operators_defaults(scheduler: Scheduler) -> 
     assert stored(await scheduler.senders.GetSender(get)) == sender
 
 
-@pytest.mark.parametrize(
-    ("limit", "effective", "binding"),
+@for_each_case(
+    "limit effective binding",
     [(1_799, 1_799, HOURLY_LIMIT), (1_800, 1_800, HOURLY_LIMIT), (5_000, 1_800, MIN_GAP)],
 )
 async def test_the_answer_says_which_limit_binds(
@@ -135,8 +135,8 @@ async def test_a_gap_is_rounded_up_to_whole_milliseconds(scheduler: Scheduler) -
     assert sender.min_gap.ToMilliseconds() == 2_001
 
 
-@pytest.mark.parametrize(
-    ("fields", "where", "reason"),
+@for_each_case(
+    "fields where reason",
     [
         ({"email": ""}, "email", "ADDRESS_INVALID"),
         ({"email": "news"}, "email", "ADDRESS_INVALID"),
@@ -189,8 +189,8 @@ async def test_the_error_for_a_gap_below_the_floor_names_both(scheduler: Schedul
     assert "2s" in refusal.message
 
 
-@pytest.mark.parametrize(
-    ("user_id", "reason"),
+@for_each_case(
+    "user_id reason",
     [("", "USER_ID_REQUIRED"), ("a" * 129, "USER_ID_INVALID"), ("a\0b", "USER_ID_INVALID")],
 )
 async def test_a_sender_needs_a_user(scheduler: Scheduler, user_id: str, reason: str) -> None:
@@ -198,8 +198,8 @@ async def test_a_sender_needs_a_user(scheduler: Scheduler, user_id: str, reason:
     assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
 
 
-@pytest.mark.parametrize(
-    ("fields", "port", "security"),
+@for_each_case(
+    "fields port security",
     [
         ({}, 587, sender_pb2.SMTP_SECURITY_STARTTLS),
         ({"port": 465}, 465, sender_pb2.SMTP_SECURITY_TLS),
@@ -273,12 +273,13 @@ async def test_an_update_with_the_mask_star_resets_unset_fields(scheduler: Sched
     assert (changed.hourly_limit, changed.HasField("smtp")) == (200, False)
 
 
-@pytest.mark.parametrize("path", ["state", "user_id", "smtp.host", "nonsense", ""])
-async def test_a_mask_with_an_unknown_path_is_refused(scheduler: Scheduler, path: str) -> None:
+async def test_a_mask_with_an_unknown_path_is_refused(scheduler: Scheduler) -> None:
     sender = await scheduler.sender()
-    refusal = await refusal_of(update(scheduler, sender, ["email", path], email="x@example.com"))
-    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "UPDATE_MASK_INVALID")
-    assert scheduler.value("SELECT revision FROM senders") == 1
+    for path in ("state", "user_id", "smtp.host", "nonsense", ""):
+        mask = ["email", path]
+        refusal = await refusal_of(update(scheduler, sender, mask, email="x@example.com"))
+        assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "UPDATE_MASK_INVALID"), path
+        assert scheduler.value("SELECT revision FROM senders") == 1, path
 
 
 async def test_an_update_that_is_refused_changes_nothing(scheduler: Scheduler) -> None:
@@ -319,19 +320,16 @@ async def test_an_endpoint_may_have_its_own_ca_certificates(
     assert scheduler.value("SELECT smtp_ca FROM senders") is None
 
 
-@pytest.mark.parametrize("ca", ["hello", "-----BEGIN CERTIFICATE-----\nAAAA\n", "x" * 65_537, "ü"])
-async def test_certificates_that_cannot_be_used_are_refused(scheduler: Scheduler, ca: str) -> None:
-    refusal = await refusal_of(scheduler.sender(smtp=endpoint(ca_certificates=ca)))
-    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "SMTP_ENDPOINT_INVALID")
-    assert list(refusal.violations) == ["sender.smtp.ca_certificates"]
-    assert scheduler.rows("SELECT id FROM senders") == []
-
-
-async def test_certificates_with_a_nul_are_refused(scheduler: Scheduler, tmp_path: Path) -> None:
-    ca = self_signed(tmp_path).public.read_text() + "\x00"
-    refusal = await refusal_of(scheduler.sender(smtp=endpoint(ca_certificates=ca)))
-    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "SMTP_ENDPOINT_INVALID")
-    assert list(refusal.violations) == ["sender.smtp.ca_certificates"]
+async def test_certificates_that_cannot_be_used_are_refused(
+    scheduler: Scheduler, tmp_path: Path
+) -> None:
+    broken = "-----BEGIN CERTIFICATE-----\nAAAA\n"
+    with_nul = self_signed(tmp_path).public.read_text() + "\x00"
+    for ca in ("hello", broken, "x" * 65_537, "ü", with_nul):
+        refusal = await refusal_of(scheduler.sender(smtp=endpoint(ca_certificates=ca)))
+        assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "SMTP_ENDPOINT_INVALID"), ca
+        assert list(refusal.violations) == ["sender.smtp.ca_certificates"], ca
+        assert scheduler.rows("SELECT id FROM senders") == [], ca
 
 
 @pytest_asyncio.fixture
@@ -407,7 +405,10 @@ async def test_a_sender_of_another_user_is_not_found(scheduler: Scheduler) -> No
     assert scheduler.rows("SELECT revision, deleted_at FROM senders") == [(1, None)]
 
 
-@pytest.mark.parametrize("text", ["x", "-1", "0", "1.5", "9" * 30, "\u0661"])
+@for_each_case(
+    "text",
+    [("x",), ("-1",), ("0",), ("1.5",), ("9" * 30,), ("\u0661",)],
+)
 async def test_a_malformed_sender_id_is_not_found(scheduler: Scheduler, text: str) -> None:
     refusal = await refusal_of(scheduler.senders.GetSender(GetSenderRequest(sender_id=text)))
     assert (refusal.code, refusal.reason) == ("NOT_FOUND", "SENDER_NOT_FOUND")

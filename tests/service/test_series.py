@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
-import pytest
 import pytest_asyncio
 from outbox.v1 import stats_pb2
 from outbox.v1 import stats_service_pb2 as proto
 
 from outbox_server.cli.options import to_duration, to_timestamp
+from tests.for_each import for_each_case
 from tests.service.test_stats import Stats, fails, running
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -118,8 +118,8 @@ async def test_the_default_series_is_the_last_day_by_the_hour(stats: Stats) -> N
     assert span == timedelta(days=1)
 
 
-@pytest.mark.parametrize(
-    ("fields", "reason"),
+@for_each_case(
+    "fields reason",
     [
         ({"bucket": timedelta(seconds=59)}, "BUCKET_INVALID"),
         ({"bucket": timedelta(minutes=7)}, "BUCKET_INVALID"),

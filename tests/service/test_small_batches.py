@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
 import psycopg
 import pytest
-import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1.batch_pb2 import BatchOptions, Recipient, Recipients
@@ -33,19 +33,26 @@ from outbox.v1.sender_service_pb2 import (
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.deploy.ports import free_port
+from outbox_server.services.scheduler import group_commit
 from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore
+from outbox_server.shared import recent_callers
+from outbox_server.shared.database.fair_pool import FairPool
+from outbox_server.shared.database.frequent import KeptConnections
+from tests.dispatchers import options, running, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import (
+    NO_RELAY,
     Scheduler,
     options_for,
     refusal_of,
     running_scheduler,
     scheduler_process,
 )
-from tests.two_users import give_up, rivals
+from tests.two_users import Metadata, Rivals, rivals
 
 CLIENTS = 16
 OF_EACH_BATCH: Final = (
@@ -65,6 +72,9 @@ class Gate:
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
+        # The number of a group that waits for `later` instead.
+        self.held = 0
+        self.later = asyncio.Event()
         self.joined = 0
         self.begun = 0
 
@@ -77,7 +87,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     @asynccontextmanager
     async def begin_later(self: GroupIntakeStore, connection: Any) -> AsyncIterator[Any]:
         gate.begun += 1
-        await gate.open.wait()
+        await (gate.later if gate.begun == gate.held else gate.open).wait()
         async with begin(self, connection) as transaction:
             yield transaction
 
@@ -88,12 +98,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     monkeypatch.setattr(GroupIntakeStore, "begin", begin_later)
     monkeypatch.setattr(GroupCommit, "store", store_counted)
     return gate
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 def begin(scheduler: Scheduler, sender: Sender, *args: Any, **options: Any) -> asyncio.Task[Any]:
@@ -126,8 +130,8 @@ async def test_calls_that_come_during_a_group_are_stored_in_one_transaction(
             int(answer.batch.batch_id),
         )
         assert rows == [(f"{c}{n}@b.org", int(senders[n % 4].sender_id)) for c in "uv"]
-    # The heads are loaded before the answers.
-    assert scheduler.value("SELECT count(*) FROM head_markers") == 0
+    # The heads are loaded before the answers, and their markers are deleted afterwards.
+    await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
 
 
 async def test_the_answer_is_that_of_a_batch_that_is_stored_alone(scheduler: Scheduler) -> None:
@@ -394,31 +398,136 @@ async def test_a_lost_connection_to_postgresql_fails_no_call(
     assert scheduler.value("SELECT count(*) FROM email_jobs") == 4
 
 
-async def test_users_take_turns_in_groups(database_url: str, redis_url: str, gate: Gate) -> None:
+def begin_of(
+    both: Rivals, sender: Sender, key: Metadata, request_id: str
+) -> asyncio.Future[ScheduleBatchResponse]:
+    request = ScheduleBatchRequest(
+        options=options_for(sender, request_id=request_id), csv=b"email\na@b.org\n"
+    )
+    return asyncio.ensure_future(both.scheduler.batches.ScheduleBatch(request, metadata=key))
+
+
+async def test_nobody_waits_for_the_groups_of_a_user_with_many_calls(
+    database_url: str, redis_url: str, gate: Gate
+) -> None:
     async with rivals(database_url, redis_url) as both:
         hers, evil = await both.sender(both.ann), await both.sender(both.eve)
 
-        def call(sender: Sender, key: Any, request_id: str) -> asyncio.Future[Any]:
-            request = ScheduleBatchRequest(
-                options=options_for(sender, request_id=request_id), csv=b"email\na@b.org\n"
-            )
-            return asyncio.ensure_future(
-                both.scheduler.batches.ScheduleBatch(request, metadata=key)
-            )
-
-        # One group, and more calls than fit into the next one.
+        call = partial(begin_of, both)
+        # A group of the first calls, and a group of very many, which is held up.
+        gate.held = 2
         flood = [call(evil, both.eve, f"eve-{n}") for n in range(100)]
         await eventually(lambda: gate.joined == 100)
-        last = call(hers, both.ann, "ann")
-        await eventually(lambda: gate.joined == 101)
         gate.open.set()
-        await last
-        groups = both.scheduler.rows(
-            "SELECT xmin::text, array_agg(request_id) FROM batches GROUP BY 1"
-        )
-        (with_ann,) = [requests for _, requests in groups if "ann" in requests]
-        assert 1 < len(with_ann) <= 17
-        await give_up(flood)
+        await eventually(lambda: gate.begun == 2)
+        await asyncio.wait_for(call(hers, both.ann, "ann"), PATIENCE)
+        # The group of very many is still being written, and hers has none of those that wait.
+        assert gate.begun == 3
+        groups = "SELECT array_agg(request_id) FROM batches GROUP BY xmin::text"
+        stored = [requests for (requests,) in both.scheduler.rows(groups)]
+        assert ["ann"] in stored
+        assert sum(map(len, stored)) < 101
+        gate.later.set()
+        await asyncio.gather(*flood)
+        stored = [requests for (requests,) in both.scheduler.rows(groups)]
+        assert sum(map(len, stored)) == 101
+
+
+async def test_callers_of_a_group_that_failed_wait_for_no_other_group(
+    database_url: str, redis_url: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller had many calls, and few of them are left when their group has failed."""
+    monkeypatch.setattr(recent_callers, "_PRESENT_S", 3600.0)
+    all_wait, others = asyncio.Event(), asyncio.Event()
+    connection, write = GroupIntakeStore.connection, GroupCommit._write
+    groups: list[set[str]] = []
+
+    @asynccontextmanager
+    async def connection_later(self: GroupIntakeStore) -> AsyncIterator[Any]:
+        await all_wait.wait()
+        async with connection(self) as driver:
+            yield driver
+
+    async def fail_first(self: GroupCommit, transaction: Any, group: list[Any]) -> Any:
+        groups.append({each.claimant.name for each in group})
+        if len(groups) == 1:
+            raise psycopg.OperationalError("a fault of the test")
+        if "ann" in groups[-1]:
+            await others.wait()
+        return await write(self, transaction, group)
+
+    monkeypatch.setattr(GroupIntakeStore, "connection", connection_later)
+    monkeypatch.setattr(GroupCommit, "_write", fail_first)
+    gate.open.set()
+    async with rivals(database_url, redis_url) as both:
+        # The first group has eight calls of each.
+        calls = {}
+        for name, key, count in (("eve", both.eve, 12), ("ann", both.ann, 30)):
+            sender = await both.sender(key)
+            calls[name] = [
+                asyncio.ensure_future(
+                    both.scheduler.batches.ScheduleBatch(
+                        ScheduleBatchRequest(options=options_for(sender), csv=b"email\na@b.org\n"),
+                        metadata=key,
+                    )
+                )
+                for _ in range(count)
+            ]
+        await eventually(lambda: gate.joined == 12 + 30)
+        all_wait.set()
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*calls["eve"])
+        assert groups[0] == {"ann", "eve"}
+        assert {"eve"} in groups
+        assert not all(call.done() for call in calls["ann"])
+        others.set()
+        await asyncio.gather(*calls["ann"])
+        assert both.scheduler.value("SELECT count(*) FROM batches") == 12 + 30
+
+
+async def test_connections_that_parts_keep_leave_the_whole_pool_to_others(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise idle connections would fill a small pool."""
+    all_kept: Counter[AsyncEngine] = Counter()
+    begin = KeptConnections.__init__
+
+    def count(self: KeptConnections, engine: AsyncEngine, kept: int = 1) -> None:
+        all_kept[engine] += kept
+        begin(self, engine, kept)
+
+    monkeypatch.setattr(KeptConnections, "__init__", count)
+    settings = settings_of(options(database_url, redis_url, NO_RELAY, database_pool=2))
+    async with (
+        running_scheduler(database_url, redis_url, min_gap="0", database_pool=2),
+        running(settings) as dispatcher,
+    ):
+        await eventually(dispatcher.serving)
+        assert len(all_kept) == 2
+        for engine, kept in all_kept.items():
+            pool = engine.sync_engine.pool
+            assert isinstance(pool, FairPool)
+            assert pool.size() >= 2 + kept
+
+
+async def test_groups_of_a_user_with_many_calls_give_way_to_those_of_others(
+    database_url: str, redis_url: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_commit, "_GIVES_WAY_S", PATIENCE)
+    async with rivals(database_url, redis_url) as both:
+        hers, evil = await both.sender(both.ann), await both.sender(both.eve)
+        call = partial(begin_of, both)
+        gate.held = 1
+        gate.open.set()
+        first = call(hers, both.ann, "ann")
+        await eventually(lambda: gate.begun == 1)
+        flood = [call(evil, both.eve, f"eve-{n}") for n in range(20)]
+        await eventually(lambda: gate.joined == 21)
+        request = GetSenderRequest(sender_id=hers.sender_id)
+        await both.scheduler.senders.GetSender(request, metadata=both.ann)
+        assert gate.begun == 1
+        gate.later.set()
+        await asyncio.gather(first, *flood)
 
 
 async def test_a_killed_scheduler_leaves_each_batch_whole_or_not_at_all(
@@ -465,8 +574,7 @@ async def test_a_killed_scheduler_leaves_each_batch_whole_or_not_at_all(
                         return bool(row and row[0])
 
                     await eventually(is_writing)
-                process.send_signal(signal.SIGKILL)
-                await process.wait()
+                await process.kill()
         found = await asyncio.gather(*pending, return_exceptions=True)
         assert all(isinstance(each, grpc.aio.AioRpcError) for each in found)
         whole = (

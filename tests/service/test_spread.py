@@ -14,15 +14,9 @@ from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
 from outbox_server.cli.options import to_duration, to_timestamp
 from tests.eventually import eventually
-from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, options_for, refusal_of
 
 HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from outbox_server.shared.settings import load_settings
 from tests import cooldowns
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
+from tests.for_each import for_each_case
 from tests.probing import serving
 
 
@@ -211,7 +212,10 @@ async def test_the_window_counts_sends_that_ended_in_it_and_took_a_slot(database
         assert (await stats.stub.GetSenderStats(request)).window_used_count == 2
 
 
-@pytest.mark.parametrize("text", ["987654321", "x", "01", "+1", " 1", "1\n", "-1", "0", "9" * 30])
+@for_each_case(
+    "text",
+    [("987654321",), ("x",), ("01",), ("+1",), (" 1",), ("1\n",), ("-1",), ("0",), ("9" * 30,)],
+)
 async def test_a_sender_that_does_not_exist_is_not_found(stats: Stats, text: str) -> None:
     await stats.sender()
     call = stats.stub.GetSenderStats(proto.GetSenderStatsRequest(sender_id=text))

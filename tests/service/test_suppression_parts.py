@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
-import pytest_asyncio
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import (
     CreateSuppressionRequest,
@@ -15,16 +12,10 @@ from outbox.v1.suppression_service_pb2 import (
 
 from outbox_server.services.scheduler.storage import suppressing, suppression_imports
 from outbox_server.shared.states import JobState
-from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.scheduler_stack import Scheduler
 
 ADDRESS = "many@b.org"
 _AT_ONCE = 2
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
 
 
 async def suppress(scheduler: Scheduler, how: str) -> int | None:

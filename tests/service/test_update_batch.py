@@ -209,11 +209,11 @@ async def test_another_scheduler_ends_what_one_that_died_has_begun(
     """As after kill -9 of the scheduler between two parts: nothing is sent at an old time."""
     monkeypatch.setattr(batch_control, "_RESPREAD_IN_CALL", 0)
 
-    async def die(_: respreading.Respreader, __: int) -> None:
-        pass
+    async def die(_: respreading.Respreader, __: int, *, until: float | None = None) -> None:
+        del until
 
-    monkeypatch.setattr(respreading.Respreader, "respread_in_call", die)
-    monkeypatch.setattr(respreading.Respreader, "_work_once", _nothing)
+    # Neither the call nor the loop, which has begun already, writes a part.
+    monkeypatch.setattr(respreading.Respreader, "_respread", die)
     batch = await scheduled(scheduler, schedule_time=None)
     answer = await update(scheduler, batch, schedule_time=at(days=3))
     assert answer.rescheduling
@@ -236,10 +236,6 @@ async def test_another_scheduler_ends_what_one_that_died_has_begun(
     assert len(set(due_times(scheduler, batch))) == 1
     assert min(due_times(scheduler, batch)) > datetime.now(UTC) + timedelta(days=2)
     assert not scheduler.rows("SELECT 1 FROM batch_respreads")
-
-
-async def _nothing(_: respreading.Respreader) -> timedelta:
-    return timedelta(hours=1)
 
 
 async def test_templates_that_do_not_fit_every_unsent_row_change_nothing(

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
 from google.api.httpbody_pb2 import HttpBody
 from outbox.v1 import batch_pb2
 from outbox.v1.batch_service_pb2 import ScheduleBatchResponse, UploadBatchFileRequest
 
-from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+from tests.scheduler_stack import Scheduler, options_for, refusal_of
 
 CSV = "email,name\nann@b.org,Änne\nbob@b.org,Bob\n".encode()
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as scheduler:
-        yield scheduler
 
 
 async def upload(

@@ -24,6 +24,7 @@ from outbox_server.shared.forecast.simulation import Bound
 from outbox_server.shared.states import JobState
 from tests import dispatchers
 from tests.eventually import eventually
+from tests.for_each import for_each_case
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 HOUR = timedelta(hours=1)
@@ -84,8 +85,8 @@ async def test_limits_are_set_shown_and_reset(scheduler: Scheduler) -> None:
     assert (await scheduler.users.GetUser(GetUserRequest(user_id="ann"))).limits == UserLimits()
 
 
-@pytest.mark.parametrize(
-    ("field", "limits"),
+@for_each_case(
+    "field limits",
     [
         ("user.limits.hourly_limit", {"hourly_limit": -1}),
         ("user.limits.hourly_limit", {"hourly_limit": 1_000_001}),

@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any
 
 import grpc
-import pytest
 from outbox.v1.batch_service_pb2 import (
     ScheduleBatchRequest,
     UploadBatchRequest,
@@ -64,14 +63,14 @@ async def test_batches_at_once_never_exceed_the_quota_of_waiting_jobs(
         one = schedulers[0]
         assert one.value("SELECT count(*) FROM email_jobs") == 9
         assert one.value("SELECT count(*) FROM batches") == 3
-        before = await Fingerprint(database_url).take()
+        before = await Fingerprint(one).take()
         refusal = await refusal_of(one.schedule(senders[0], ROWS))
         assert (refusal.code, refusal.reason) == (
             "RESOURCE_EXHAUSTED",
             "USER_WAITING_JOBS_EXCEEDED",
         )
         assert refusal.metadata == {"user": "ann", "limit": "10", "current": "9"}
-        assert await Fingerprint(database_url).take() == before
+        assert await Fingerprint(one).take() == before
         assert (await one.schedule(senders[0])).batch.accepted_count == 1
         # The quota limits this user only.
         assert (await one.schedule(other, ROWS)).batch.accepted_count == 3
@@ -113,16 +112,7 @@ async def test_failed_and_uncertain_jobs_count_when_they_are_to_wait_again(
         sender = await scheduler.sender()
         for state in (JobState.FAILED, JobState.UNCERTAIN):
             await scheduler.schedule(sender, ROWS)
-            # As a settlement does it.
-            scheduler.execute(
-                "WITH moved AS (UPDATE email_jobs SET state = %s, finished_at = now()"
-                " WHERE state = 1 RETURNING sender_id, batch_id)"
-                " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
-                " SELECT sender_id, batch_id, date_trunc('hour', now()), s, k FROM moved,"
-                " (VALUES (1, -1), (%s, 1)) AS v (s, k)",
-                state,
-                state,
-            )
+            scheduler.end_jobs(state)
         await scheduler.schedule(sender)
         retry = RetryEmailJobsRequest(sender_id=sender.sender_id)
         refusal = await refusal_of(scheduler.jobs.RetryEmailJobs(retry))
@@ -312,35 +302,33 @@ class WrongChange:
     field: str
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        WrongChange(User(), "*", "USER_ID_REQUIRED", "user.user_id"),
-        WrongChange(User(user_id="x" * 129), "*", "USER_ID_INVALID", "user.user_id"),
-        WrongChange(User(user_id="a"), "usage", "UPDATE_MASK_INVALID", "update_mask"),
-        WrongChange(User(user_id="a"), "quotas.none", "UPDATE_MASK_INVALID", "update_mask"),
-        WrongChange(
-            User(user_id="a", sender_domains=["b.org", "nonsense"]),
-            "sender_domains",
-            "SENDER_DOMAIN_INVALID",
-            "user.sender_domains[1]",
-        ),
-        WrongChange(
-            User(user_id="a", sender_domains=[f"d{n}.org" for n in range(1_001)]),
-            "sender_domains",
-            "SENDER_DOMAIN_INVALID",
-            "user.sender_domains",
-        ),
-    ],
+WRONG_CHANGES = (
+    WrongChange(User(), "*", "USER_ID_REQUIRED", "user.user_id"),
+    WrongChange(User(user_id="x" * 129), "*", "USER_ID_INVALID", "user.user_id"),
+    WrongChange(User(user_id="a"), "usage", "UPDATE_MASK_INVALID", "update_mask"),
+    WrongChange(User(user_id="a"), "quotas.none", "UPDATE_MASK_INVALID", "update_mask"),
+    WrongChange(
+        User(user_id="a", sender_domains=["b.org", "nonsense"]),
+        "sender_domains",
+        "SENDER_DOMAIN_INVALID",
+        "user.sender_domains[1]",
+    ),
+    WrongChange(
+        User(user_id="a", sender_domains=[f"d{n}.org" for n in range(1_001)]),
+        "sender_domains",
+        "SENDER_DOMAIN_INVALID",
+        "user.sender_domains",
+    ),
 )
-async def test_invalid_changes_of_a_user_are_refused(
-    database_url: str, redis_url: str, wrong: WrongChange
-) -> None:
+
+
+async def test_invalid_changes_of_a_user_are_refused(database_url: str, redis_url: str) -> None:
     async with rivals(database_url, redis_url) as both:
-        request = UpdateUserRequest(user=wrong.user)
-        request.update_mask.paths.append(wrong.path)
-        refusal = await refusal_of(both.users.UpdateUser(request, metadata=both.operator))
-        assert (refusal.reason, list(refusal.violations)) == (wrong.reason, [wrong.field])
+        for wrong in WRONG_CHANGES:
+            request = UpdateUserRequest(user=wrong.user)
+            request.update_mask.paths.append(wrong.path)
+            refusal = await refusal_of(both.users.UpdateUser(request, metadata=both.operator))
+            assert (refusal.reason, list(refusal.violations)) == (wrong.reason, [wrong.field])
         for quotas in (UserQuotas(calls=-1), UserQuotas(unproven_endpoints=0)):
             request = UpdateUserRequest(user=User(user_id="ann", quotas=quotas))
             call = both.users.UpdateUser(request, metadata=both.operator)

@@ -64,14 +64,12 @@ def in_redis(url: str) -> dict[Any, Any]:
 
 
 @pytest.fixture
-def unchanged(
-    scheduler: Scheduler, database_url: str, redis_url: str
-) -> AbstractAsyncContextManager[None]:
+def unchanged(scheduler: Scheduler, redis_url: str) -> AbstractAsyncContextManager[None]:
     """Check that what is called within it changes no table and no key."""
 
     @asynccontextmanager
     async def check() -> AsyncIterator[None]:
-        tables = Fingerprint(database_url)
+        tables = Fingerprint(scheduler)
         before = await tables.take(), in_redis(redis_url)
         yield
         assert (await tables.take(), in_redis(redis_url)) == before

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -13,13 +10,7 @@ from outbox.v1.sender_service_pb2 import UpdateSenderRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
-from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
-
-
-@pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    async with running_scheduler(database_url, redis_url) as running:
-        yield running
+from tests.scheduler_stack import Scheduler, refusal_of
 
 
 async def test_all_wrong_options_then_all_wrong_templates_are_reported(

@@ -101,15 +101,21 @@ async def receiving(*answers: str) -> AsyncIterator[Receiver]:
         yield receiver
 
 
+@pytest.fixture
+def backoff() -> str:
+    """The waits before a failed request is tried again."""
+    return "100ms,200ms"
+
+
 @pytest_asyncio.fixture
-async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+async def scheduler(database_url: str, redis_url: str, backoff: str) -> AsyncIterator[Scheduler]:
     async with running_scheduler(
         database_url,
         redis_url,
         min_gap="0",
         encryption_keys=generate_key(),
         webhook_allow="127.0.0.1",
-        webhook_backoff="100ms,200ms",
+        webhook_backoff=backoff,
     ) as running:
         yield running
 
@@ -314,6 +320,7 @@ async def test_a_webhook_that_is_disabled_during_a_request_stays_disabled(
 
 
 @pytest.mark.parametrize("call", ["RedeliverWebhook", "UpdateWebhook"])
+@pytest.mark.parametrize("backoff", ["1h"])
 async def test_one_request_of_a_webhook_is_under_way_at_a_time(
     scheduler: Scheduler, call: str
 ) -> None:

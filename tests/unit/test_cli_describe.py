@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import grpc
 import pytest
 from outbox_client import CallError, DeadlineExceeded, InvalidArgument, Unavailable
@@ -27,10 +29,12 @@ def test_a_refused_batch_is_not_reported_as_uncertain(error: CallError, in_doubt
 
 def test_a_server_that_is_too_slow_is_named() -> None:
     late = DeadlineExceeded(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
-    assert describe(late, ADDRESS) == (
-        "no answer in time from 127.0.0.1:50051 (--server): the scheduler may be overloaded; "
-        "try again"
-    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        assert describe(late, Address(address, "--server", "scheduler")) == (
+            f"no answer in time from {address} (--server): the scheduler may be overloaded; "
+            "try again"
+        )
 
 
 @pytest.mark.parametrize(

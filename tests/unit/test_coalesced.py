@@ -7,7 +7,8 @@ import pytest
 
 from outbox_server.shared import coalesced
 from outbox_server.shared.coalesced import Coalesced
-from tests.eventually import eventually
+from outbox_server.shared.fair_shares import Claimant
+from tests.eventually import PATIENCE, eventually
 
 
 class Loads:
@@ -78,6 +79,24 @@ async def test_a_slow_sender_is_loaded_alone(monkeypatch: pytest.MonkeyPatch) ->
     made.release.set()
     await asyncio.gather(*waiting)
     assert made.made[4:] == [[1, 3]]
+
+
+async def test_nobody_waits_for_the_loads_of_a_user_with_many_senders() -> None:
+    made = Loads()
+    loads = Coalesced(made)
+    ann, eve = Claimant("ann"), Claimant("eve")
+    made.held.update(range(10, 40))
+    flood = [loads.begin(sender, eve) for sender in range(10, 40)]
+    await eventually(lambda: len(made.made) == 1)
+    assert await asyncio.wait_for(loads.begin(1, ann), PATIENCE)
+    assert [1] in made.made
+    assert not any(each.done() for each in flood)
+    made.release.set()
+    assert await asyncio.gather(*flood) == [True] * 30
+    # Each of them once, some at a time; the last ones with those of everybody else.
+    assert sorted(sender for load in made.made for sender in load) == [1, *range(10, 40)]
+    assert max(map(len, made.made)) <= 16
+    assert not loads._counts
 
 
 async def test_an_unexpected_error_fails_no_later_load() -> None:

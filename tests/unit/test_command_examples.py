@@ -15,11 +15,14 @@ from typer.main import get_command
 
 from outbox_server.cli import lazy
 from outbox_server.cli.main import app
+from tests.command_tree import examples
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A line of a code block, with a possible prefix, or a piece of code within a sentence.
 SHOWN = re.compile(r"^(?:[A-Z_]+=\S* |(?:export )?\w+=\$\()*(?:\.venv/bin/)?outbox (.*)$")
+# A terminal has 80 columns, and help begins and ends with an empty one.
+TERMINAL = 78
 INLINE = re.compile(r"`(?:[A-Z_]+=\S* )?(?:\.venv/bin/)?outbox ([^`]+)`")
 
 
@@ -29,22 +32,6 @@ def outbox() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy, "command_of", cache(get_command))
         yield get_command(app)
-
-
-def commands(command: Any, name: str = "outbox") -> Iterator[tuple[str, Any]]:
-    """Yield every command with its full name."""
-    yield name, command
-    for each in command.list_commands(None) if hasattr(command, "list_commands") else ():
-        _, found, _ = command.resolve_command(None, [each])
-        yield from commands(found, f"{name} {each}")
-
-
-def of_help(outbox: Any) -> Iterator[tuple[str, str]]:
-    for name, command in commands(outbox):
-        for paragraph in re.split(r"\n\s*\n", command.help or ""):
-            if paragraph.lstrip("\b\n ").startswith("$ outbox "):
-                text = paragraph.replace("\\\n", " ").replace("\n", " ")
-                yield name, text.partition("$ outbox ")[2]
 
 
 def of_pages() -> Iterator[tuple[str, str]]:
@@ -80,11 +67,20 @@ def parse(command: Any, example: str) -> None:
 
 # One test for all examples: collecting them imports every command, which takes a second.
 def test_every_command_shown_in_help_parses(outbox: Any, subtests: pytest.Subtests) -> None:
-    examples = list(of_help(outbox))
-    assert len(examples) > 20
-    for where, example in examples:
+    shown = list(examples())
+    assert len(shown) > 20
+    for where, example in shown:
         with subtests.test(f"{where}: {example}"):
-            parse(outbox, example)
+            found = SHOWN.match(example.replace("\\\n", " "))
+            assert found
+            parse(outbox, found[1].removesuffix(")"))
+
+
+def test_an_example_in_help_can_be_copied_from_a_terminal_of_80_columns() -> None:
+    for where, example in examples():
+        *first, last = f"$ {example}".splitlines()
+        assert all(line.endswith(" \\") for line in first), where
+        assert all(len(line) <= TERMINAL for line in (*first, last)), where
 
 
 def test_every_command_shown_in_the_docs_parses(outbox: Any, subtests: pytest.Subtests) -> None:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from outbox_server.services.scheduler.filters.fields import (
+from outbox_server.shared.bounds import MAX_FILTER_DEPTH, MAX_FILTER_TERMS
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.filters.fields import (
     FieldTest,
     both,
     check_filter,
@@ -19,7 +21,7 @@ from outbox_server.services.scheduler.filters.fields import (
     possible_values,
     required_value,
 )
-from outbox_server.services.scheduler.filters.grammar import (
+from outbox_server.shared.filters.grammar import (
     AllOf,
     AnyOf,
     Comparison,
@@ -27,14 +29,12 @@ from outbox_server.services.scheduler.filters.grammar import (
     leaves,
     parse_filter,
 )
-from outbox_server.services.scheduler.filters.resources import (
+from outbox_server.shared.filters.resources import (
     BATCH_FIELDS,
     JOB_FIELDS,
     JOB_ORDERS,
     check_order,
 )
-from outbox_server.shared.bounds import MAX_FILTER_DEPTH, MAX_FILTER_TERMS
-from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.states import JobState
 
 ALL = frozenset(map(int, JobState))

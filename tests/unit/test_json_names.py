@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox_server.cli.up import examples
+from outbox_server.cli.up_output import examples
 
 ROOT = Path(__file__).parents[2]
 # The output of grpcurl with reflection, as far as the script reads it.

@@ -63,3 +63,9 @@ def test_the_page_lists_exactly_the_metrics_that_are_registered() -> None:
 
 def test_every_wait_cause_is_a_wait_reason_that_a_job_can_be_explained_with() -> None:
     assert {cause.value for cause in WaitCause} <= {reason.name for reason in WaitReason}
+
+
+def test_the_page_names_every_wait_cause() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    causes = [cause.name.lower() for cause in WaitCause]
+    assert [cause for cause in causes if f"`{cause}`" not in page] == []

@@ -68,6 +68,17 @@ def test_a_page_token_of_other_filters_is_refused() -> None:
     assert reason_of(token=token, user_id="bob") == "PAGE_TOKEN_INVALID"
 
 
+def test_a_page_token_of_the_first_release_whose_lists_had_no_filters_remains_valid() -> None:
+    # As that release made it.
+    token = "t5XcWT70XNvgWzdd"
+    request = ListSendersRequest(user_id="ann", page_token=token)
+    assert requested_page(request, "senders", "ann", request.state, start=(0,)).after == (7,)
+    for text, order in (("state = ACTIVE", ""), ("", "create_time")):
+        other = ListSendersRequest(user_id="ann", page_token=token, filter=text, order_by=order)
+        with pytest.raises(InvalidInput):
+            requested_page(other, "senders", "ann", other.state, start=(0,))
+
+
 def reason_of(page_size: int = 0, token: str = "", user_id: str = "ann") -> str:
     with pytest.raises(InvalidInput) as caught:
         ask(page_size, token, user_id)

@@ -6,8 +6,9 @@ from datetime import timedelta
 
 import pytest
 
+from outbox_server.shared.durations import format_duration, parse_duration
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.settings import format_duration, load_settings, parse_duration
+from outbox_server.shared.settings import load_settings
 
 
 @pytest.mark.parametrize(

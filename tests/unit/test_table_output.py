@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from outbox_server.cli.output import OutputFormat, show, value_at
 from outbox_server.cli.stats import app as stats
-from outbox_server.shared.settings import parse_duration
+from outbox_server.shared.durations import parse_duration
 
 WRONG = grpc.StatusCode.INVALID_ARGUMENT
 

@@ -380,8 +380,10 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-# 40 examples, split so that the workers share them.
-@pytest.mark.parametrize("_part", range(5))
+# Eight examples in each part, so that the workers share them: 24 in all, and 240 with
+# `make test-search`.
+@pytest.mark.parametrize("_part", range(max(1, settings().max_examples * 3 // 50)))
+@pytest.mark.hypothesis
 @pytest.mark.usefixtures("low_water")
 def test_the_scripts_agree_with_the_model_and_keep_the_promises(
     redis_url: str, runner: asyncio.Runner, _part: int
@@ -403,6 +405,30 @@ def test_the_scripts_agree_with_the_model_and_keep_the_promises(
                 suppress_health_check=list(HealthCheck),
             ),
         )
+    finally:
+        runner.run(redis.aclose())
+        runner.run(raw.aclose())
+
+
+@pytest.mark.usefixtures("low_water")
+def test_failures_of_a_sender_whose_limiter_is_not_loaded_become_those_of_the_endpoint(
+    redis_url: str, runner: asyncio.Runner
+) -> None:
+    """Found by the steps at random: Redis kept them for the sender's own circuit as well."""
+    redis, raw = connect_to(redis_url), Redis.from_url(redis_url)
+    machine = QueueMachine(runner, redis, raw)
+    row = SenderRow(limit=9, gap=0, flight=6, active=True, own=False)
+    others = replace(row, gap=900, flight=5, active=False), replace(row, limit=3, flight=4)
+    try:
+        machine.start(these=(row, *others))
+        machine.supersede(sends=[9], pause=77_441)
+        machine.outage(who=SENDERS, spared=10, waits=False, rounds=2, before_mail=False)
+        machine.limit_user(user="a", limit=4, gap=2_500, waits=False)
+        # The limits of the sender are known before those of its user.
+        machine.limit_user(user="a", limit=0, gap=0, waits=True)
+        machine.outage(who=(9,), spared=10, waits=False, rounds=3, before_mail=True)
+        machine.redis_holds_what_the_model_holds()
+        machine.teardown()
     finally:
         runner.run(redis.aclose())
         runner.run(raw.aclose())

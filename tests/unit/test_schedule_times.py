@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox_server.shared.intake.send_times import (
+from outbox_server.shared.intake.schedule_times import (
     BadScheduleTime,
     check_time_zone,
     parse_schedule_time,
