@@ -35,8 +35,9 @@ body {margin: 0; width: @width@px; background: #f4f5f5; font: 12px sans-serif; c
 .panel b {font-weight: 600; display: block} .row {position: absolute; font: 600 14px sans-serif}
 .stat {font: 600 34px sans-serif; text-align: center; margin-top: 36px}
 .stat small {font: 12px sans-serif; display: block}
-.legend {font-size: 10px; line-height: 13px} .legend i {display: inline-block; width: 10px;
-         height: 3px; margin: 0 3px 3px 8px}
+.legend {font-size: 10px; line-height: 13px; max-height: 65px; overflow: hidden}
+.legend span {white-space: nowrap}
+.legend i {display: inline-block; width: 10px; height: 3px; margin: 0 3px 3px 8px}
 </style><body><script>@uplot@</script><script>
 const colours = ["#3b7dd8", "#e0762f", "#3f9b46", "#c23b3b", "#8b5bc4", "#8a6d3b", "#d65fa8",
                  "#5f6b6d", "#a8a417", "#1fa6b8"];
@@ -69,7 +70,15 @@ for (const panel of @panels@) {
     continue;
   }
   const plot = document.createElement("div");
-  box.append(plot);
+  const legend = Object.assign(document.createElement("div"), {className: "legend"});
+  panel.lines.forEach((line, at) => {
+    const mark = document.createElement("i");
+    mark.style.background = colours[at % colours.length];
+    const entry = document.createElement("span");
+    entry.append(mark, line.name);
+    legend.append(entry, " ");
+  });
+  box.append(plot, legend);
   let data = panel.lines.map(line => line.values);
   if (panel.stacked) {
     let sums = panel.times.map(() => 0);
@@ -78,19 +87,12 @@ for (const panel of @panels@) {
   const series = panel.lines.map((_, at) => ({stroke: colours[at % colours.length], width: 1,
     points: {show: false}, fill: panel.stacked ? colours[at % colours.length] + "30" : undefined}));
   const order = series.map((_, at) => panel.stacked ? series.length - 1 - at : at);
-  new uPlot({width: panel.w - 14, height: panel.h - 66, legend: {show: false},
+  new uPlot({width: panel.w - 14, height: panel.h - 32 - legend.offsetHeight, legend: {show: false},
     cursor: {show: false}, series: [{}, ...order.map(at => series[at])],
     scales: {y: {range: (_, low, high) => [0, high > 0 ? 1.05 * high : 1]}},
     axes: [{size: 28, space: 40, values: (_, ticks) => ticks.map(clock)},
            {size: 58, values: (_, ticks) => ticks.map(tick => text(tick, panel.unit))}]},
     [panel.times, ...order.map(at => data[at])], plot);
-  const legend = Object.assign(document.createElement("div"), {className: "legend"});
-  panel.lines.forEach((line, at) => {
-    const mark = document.createElement("i");
-    mark.style.background = colours[at % colours.length];
-    legend.append(mark, line.name);
-  });
-  box.append(legend);
 }
 </script>"""
 
