@@ -34,6 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.shared.database.lookups import is_looked_up
 from outbox_server.shared.database.models import (
     Attempt,
     Batch,
@@ -97,7 +98,7 @@ def _old_jobs() -> ColumnElement[bool]:
     states = [literal(state, Integer, literal_execute=True) for state in PURGEABLE]
     late = (
         select(Attempt.email_job_id)
-        .where(Attempt.email_job_id == EmailJob.id, Attempt.ended_at >= _before())
+        .where(is_looked_up(Attempt.email_job_id, EmailJob.id), Attempt.ended_at >= _before())
         .correlate(EmailJob)
         .exists()
     )
@@ -123,11 +124,16 @@ def _jobs_statement() -> Any:
     )
     attempts = (
         delete(Attempt)
-        .where(Attempt.email_job_id == picked.c.id)
+        .where(is_looked_up(Attempt.email_job_id, picked.c.id))
         .returning(Attempt.email_job_id)
         .cte("gone_attempts")
     )
-    jobs = delete(EmailJob).where(EmailJob.id == picked.c.id).returning(EmailJob.id).cte("gone")
+    jobs = (
+        delete(EmailJob)
+        .where(is_looked_up(EmailJob.id, picked.c.id))
+        .returning(EmailJob.id)
+        .cte("gone")
+    )
     hour = func.date_trunc("hour", picked.c.finished_at)
     key = (picked.c.batch_id, picked.c.sender_id, hour, picked.c.state)
     sums = select(*key, func.count()).group_by(*key).order_by(*key)

@@ -26,7 +26,7 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.dispatchers import options, settings_of
-from tests.filled_databases import filled_databases
+from tests.filled_databases import Statistics, filled_databases
 from tests.marked_jobs import mark_refs
 from tests.world import World
 
@@ -52,12 +52,12 @@ SELECT n, now(), now(), 'no' FROM generate_series(1, {senders}) AS n;
 
 
 @pytest.fixture(scope="module")
-def databases(stores: Stores) -> Iterator[Mapping[bool, str]]:
-    """The URLs of databases with many attempts, by whether PostgreSQL has statistics of them."""
+def databases(stores: Stores) -> Iterator[Mapping[Statistics, str]]:
+    """The URLs of databases with many attempts, by PostgreSQL's statistics of them."""
     fill = _FILL.format(attempts=ATTEMPTS, jobs=JOBS, senders=SENDERS).split(";\n")
     tables = ("attempts", "email_jobs", "cooldowns")
     with filled_databases(stores, "outbox_plans", fill, tables) as names:
-        yield {analysed: stores.postgres.url(name) for analysed, name in names.items()}
+        yield {each: stores.postgres.url(name) for each, name in names.items()}
 
 
 @asynccontextmanager
@@ -114,14 +114,14 @@ CALLS: dict[str, Callable[[AsyncConnection], Awaitable[Any]]] = {
 
 
 @pytest.mark.parametrize(
-    ("analysed", "free"),
-    [(True, True), (True, False), (False, False)],
+    ("statistics", "free"),
+    [(Statistics.CURRENT, True), (Statistics.CURRENT, False), (Statistics.NONE, False)],
     ids=["any plan", "as the dispatcher", "as the dispatcher, just filled"],
 )
 async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
-    databases: Mapping[bool, str], analysed: bool, free: bool
+    databases: Mapping[Statistics, str], statistics: Statistics, free: bool
 ) -> None:
-    async with connected(databases[analysed], free=free) as engine:
+    async with connected(databases[statistics], free=free) as engine:
         plans = {name: await plans_of(engine, call) for name, call in CALLS.items()}
     for name, found in plans.items():
         assert found, name
@@ -135,11 +135,11 @@ async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
         assert free or "Bitmap" not in plan, f"{name}\n{plan}"
 
 
-@pytest.mark.parametrize("analysed", [True, False])
+@pytest.mark.parametrize("statistics", [Statistics.CURRENT, Statistics.NONE])
 async def test_the_plans_that_marks_and_settlements_keep_use_only_indexes(
-    databases: Mapping[bool, str], analysed: bool
+    databases: Mapping[Statistics, str], statistics: Statistics
 ) -> None:
-    async with connected(databases[analysed], free=False) as engine:
+    async with connected(databases[statistics], free=False) as engine:
         for statement in (MARK, SETTLE, TURN, FIND):
             plan = await kept_plan(engine, statement)
             for table in ("email_jobs", "attempts", "batches", "senders", "suppressions"):

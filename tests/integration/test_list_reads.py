@@ -35,7 +35,7 @@ from outbox_server.shared.intake.tags import external_key
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.user_quotas import UserQuotas
 from tests.conftest import Stores
-from tests.filled_databases import filled_databases
+from tests.filled_databases import Statistics, filled_databases
 
 QUOTAS: Final = UserQuotas.from_settings(load_settings())
 # Of the user big: one large batch, half of it sent, and many small ones. Others have as many.
@@ -115,17 +115,17 @@ Filled = Callable[..., AbstractAsyncContextManager[AsyncEngine]]
 
 
 @pytest.fixture(scope="module")
-def templates(stores: Stores) -> Iterator[Mapping[bool, str]]:
+def templates(stores: Stores) -> Iterator[Mapping[Statistics, str]]:
     tables = ("senders", "batches", "email_jobs", "batch_counts")
     with filled_databases(stores, "outbox_lists", _FILL.split(";\n"), tables) as names:
         yield names
 
 
 @pytest.fixture
-def filled(templates: Mapping[bool, str], new_database: Callable[..., str]) -> Filled:
+def filled(templates: Mapping[Statistics, str], new_database: Callable[..., str]) -> Filled:
     @asynccontextmanager
-    async def connect(*, analysed: bool) -> AsyncIterator[AsyncEngine]:
-        url = new_database(templates[analysed])
+    async def connect(statistics: Statistics) -> AsyncIterator[AsyncEngine]:
+        url = new_database(templates[statistics])
         engine = create_engine(load_settings(database_url=url), lookups_only=True)
         try:
             yield engine
@@ -180,9 +180,11 @@ def job_filter(text: str, **order: bool) -> JobFilter:
     return JobFilter("big", check_filter(parse_filter(text), JOB_FIELDS), **order)
 
 
-@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "just filled"])
-async def test_no_page_reads_more_rows_than_the_budget(filled: Filled, analysed: bool) -> None:
-    async with filled(analysed=analysed) as engine:
+@pytest.mark.parametrize("statistics", [Statistics.CURRENT, Statistics.NONE])
+async def test_no_page_reads_more_rows_than_the_budget(
+    filled: Filled, statistics: Statistics
+) -> None:
+    async with filled(statistics) as engine:
         for text in JOBS:
             for which, after in (
                 (job_filter(text), (0, 0)),
@@ -204,7 +206,7 @@ async def test_no_page_reads_more_rows_than_the_budget(filled: Filled, analysed:
 
 
 async def test_a_page_by_address_reads_few_rows_although_others_write_to_it(filled: Filled) -> None:
-    async with filled(analysed=False) as engine:
+    async with filled(Statistics.NONE) as engine:
         async with engine.begin() as connection:
             await connection.exec_driver_sql(
                 "UPDATE email_jobs SET recipient = 'popular@y.test'"
@@ -228,11 +230,11 @@ async def test_a_page_by_address_reads_few_rows_although_others_write_to_it(fill
         assert len(walked.found) == 2
 
 
-@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "just filled"])
+@pytest.mark.parametrize("statistics", [Statistics.CURRENT, Statistics.NONE])
 async def test_a_list_across_all_users_reads_as_few_rows_as_that_of_one(
-    filled: Filled, analysed: bool
+    filled: Filled, statistics: Statistics
 ) -> None:
-    async with filled(analysed=analysed) as engine:
+    async with filled(statistics) as engine:
         for text in JOBS:
             for descending in (False, True):
                 which = replace(job_filter(text, descending=descending), user_id=None)
@@ -260,7 +262,7 @@ async def test_a_list_across_all_users_reads_as_few_rows_as_that_of_one(
 
 
 async def test_an_import_finds_waiting_mail_by_its_addresses(filled: Filled) -> None:
-    async with filled(analysed=True) as engine:
+    async with filled(Statistics.CURRENT) as engine:
         reasons = {f"R{n}@y.test": "" for n in range(30_000, 31_000)}
         call = partial(suppress_all, user_id="big", reasons=reasons, quotas=QUOTAS)
         (created, part), rows, report = await reads_of(engine, call)
@@ -276,7 +278,7 @@ async def test_an_import_finds_waiting_mail_by_its_addresses(filled: Filled) -> 
 async def test_a_suppression_reads_few_jobs_of_others_to_its_address(filled: Filled) -> None:
     # Each batch has a job to it.
     address = "r7@y.test"
-    async with filled(analysed=True) as engine:
+    async with filled(Statistics.CURRENT) as engine:
         for call in (
             partial(insert_suppression, user_id="u11", address=address, reason="", quotas=QUOTAS),
             partial(suppress_all, user_id="u12", reasons={address: ""}, quotas=QUOTAS),
@@ -293,7 +295,7 @@ async def walk_from(which: JobFilter, after: JobPosition, connection: AsyncConne
 
 
 async def test_no_page_of_batches_reads_more_rows_than_the_budget(filled: Filled) -> None:
-    async with filled(analysed=True) as engine:
+    async with filled(Statistics.CURRENT) as engine:
         for text in BATCHES:
             tree = check_filter(parse_filter(text), BATCH_FIELDS)
             page = partial(
@@ -309,7 +311,7 @@ async def test_no_page_of_batches_reads_more_rows_than_the_budget(filled: Filled
 
 
 async def test_a_page_of_common_matches_reads_little_more_than_it_shows(filled: Filled) -> None:
-    async with filled(analysed=True) as engine:
+    async with filled(Statistics.CURRENT) as engine:
         for text, most in (
             ("", 500),
             ("state = SENT", 1_000),
@@ -326,7 +328,7 @@ async def test_a_page_of_common_matches_reads_little_more_than_it_shows(filled: 
 
 async def test_a_walk_in_parts_finds_every_match_once(filled: Filled) -> None:
     async with (
-        filled(analysed=True) as engine,
+        filled(Statistics.CURRENT) as engine,
         engine.connect() as connection,
     ):
         for text in ("state = SCHEDULED", "state = FAILED", "row_number = 7", "state = SENDING"):
@@ -366,7 +368,7 @@ async def test_an_erasure_reads_no_row_of_others(filled: Filled) -> None:
         partial(read_rejections, user_id="u11", after=(0, 0)),
         partial(erase_cooldowns, user_id="u11", address=address),
     )
-    async with filled(analysed=False) as engine:
+    async with filled(Statistics.NONE) as engine:
         found: list[tuple[float, str]] = []
         for owners in ("= 11", "<> 11"):
             async with engine.begin() as connection:

@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage.fragments import counting_ends, log_attempts
 from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.lookups import is_looked_up
 from outbox_server.shared.database.models import Attempt, EmailJob
 from outbox_server.shared.states import AttemptOutcome, JobState
 
@@ -94,7 +95,7 @@ async def recover_expired(
             if waits
             else expired.c.lease_until,
         )
-        .where(EmailJob.id == expired.c.id)
+        .where(is_looked_up(EmailJob.id, expired.c.id))
         .returning(
             EmailJob.id,
             EmailJob.attempt,
@@ -102,19 +103,20 @@ async def recover_expired(
             EmailJob.batch_id,
             EmailJob.state,
             EmailJob.finished_at,
+            expired.c.lease_until,
         )
         .cte("moved")
     )
     logged = log_attempts(
-        moved.join(expired, expired.c.id == moved.c.id),
+        moved,
         email_job_id=moved.c.id,
         attempt=moved.c.attempt,
         sender_id=moved.c.sender_id,
         # The time of the claim or of the last renewal, because earlier times are not stored. So the
         # start may be too late, and the gap before it may look too long in an audit. The end, from
         # which the next gap runs, is the latest possible one.
-        started_at=expired.c.lease_until - bindparam("lease", type_=INTERVAL),
-        ended_at=expired.c.lease_until,
+        started_at=moved.c.lease_until - bindparam("lease", type_=INTERVAL),
+        ended_at=moved.c.lease_until,
         outcome=cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),
         counted=literal(True),
         message=case(

@@ -30,6 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.count_deltas import counting_moves
 from outbox_server.shared.database.counts import batch_counts, in_state
+from outbox_server.shared.database.lookups import is_looked_up
 from outbox_server.shared.database.models import (
     Batch,
     BatchCancellation,
@@ -143,7 +144,7 @@ def _statement(
     # `at` is used for the rows and for their deltas, so that a recount by hours gives the same.
     moved = (
         update(EmailJob)
-        .where(EmailJob.id == waiting.c.id)
+        .where(is_looked_up(EmailJob.id, waiting.c.id))
         .values(state=state, finished_at=at)
         .returning(EmailJob.id, EmailJob.sender_id, EmailJob.batch_id)
         .cte("moved")

@@ -53,6 +53,7 @@ from outbox_server.services.scheduler.storage.suppressions import (
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
+from outbox_server.shared.database.lookups import is_looked_up
 from outbox_server.shared.database.models import (
     Attempt,
     AuditEvent,
@@ -243,7 +244,7 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
     )
     jobs = (
         update(EmailJob)
-        .where(EmailJob.id == picked.c.id)
+        .where(is_looked_up(EmailJob.id, picked.c.id))
         .values(
             recipient="",
             recipient_key=null(),
@@ -258,7 +259,7 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
     )
     replies = (
         update(Attempt)
-        .where(Attempt.email_job_id == picked.c.id, Attempt.message.is_not(None))
+        .where(is_looked_up(Attempt.email_job_id, picked.c.id), Attempt.message.is_not(None))
         .values(message=null())
         .returning(Attempt.email_job_id)
         .cte("replies")
@@ -266,7 +267,7 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
     # The texts of a batch with one recipient may have been written for this person.
     batches = (
         update(Batch)
-        .where(Batch.id == picked.c.batch_id, Batch.accepted_count == 1)
+        .where(is_looked_up(Batch.id, picked.c.batch_id), Batch.accepted_count == 1)
         .values(
             subject=null(),
             body=null(),

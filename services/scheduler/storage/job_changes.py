@@ -48,6 +48,7 @@ from outbox_server.shared.database.cancellations import (
     is_now,
     place_in_block,
 )
+from outbox_server.shared.database.lookups import is_looked_up
 from outbox_server.shared.database.models import (
     Batch,
     BatchRespread,
@@ -299,7 +300,7 @@ async def _reschedule(connection: AsyncConnection, change: Any, these: ColumnEle
     )
     moved = (
         update(EmailJob)
-        .where(EmailJob.id == picked.c.id)
+        .where(is_looked_up(EmailJob.id, picked.c.id))
         .values(scheduled_at=due, expires_at=due + expire_after * cast("1 millisecond", INTERVAL))
         .returning(EmailJob.scheduled_at)
         .cte("moved")

@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.cancellations import is_being_changed
 from outbox_server.shared.database.count_deltas import counting_moves
 from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.lookups import is_looked_up
 from outbox_server.shared.database.models import Batch, EmailJob, Sender
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, read_quotas
@@ -148,7 +149,7 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState) -> Any:
     }
     moved = (
         update(EmailJob)
-        .where(EmailJob.id == picked.c.id)
+        .where(is_looked_up(EmailJob.id, picked.c.id))
         .values(state=state, **(again if waits else {}))
         .returning(EmailJob.id, EmailJob.sender_id, EmailJob.batch_id, picked.c.finished_at)
         .cte("moved")

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.bounds import LATEST_DUE
 from outbox_server.shared.database.cancellations import is_now
+from outbox_server.shared.database.lookups import is_looked_up
 from outbox_server.shared.database.models import (
     Batch,
     BatchRespread,
@@ -144,7 +145,7 @@ def _moving(batch_id: int, work: Any, limit: int) -> Any:
     expire_after = select(Batch.expire_after_ms).where(Batch.id == batch_id).scalar_subquery()
     moved = (
         update(EmailJob)
-        .where(EmailJob.id == places.c.id)
+        .where(is_looked_up(EmailJob.id, places.c.id))
         .values(scheduled_at=due, expires_at=due + expire_after * millisecond)
         .returning(EmailJob.id)
         .cte("moved")
