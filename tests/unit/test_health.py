@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from datetime import timedelta
 
@@ -60,6 +61,33 @@ async def test_a_dependency_that_hangs_is_unhealthy() -> None:
         )
         await recorder.until(serving=False)
         stop.set()
+
+
+async def test_the_time_in_which_the_event_loop_is_busy_does_not_count() -> None:
+    """As with a crowd of callers: every step of a check comes late, and the store is well."""
+    recorder, stop = Recorder(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def take_many_steps() -> None:
+        for _ in range(40):
+            await asyncio.sleep(0)
+
+    def keep_busy() -> None:
+        # In each turn of the loop. Five of them take as long as a check may take.
+        time.sleep(SHORT.total_seconds() / 5)
+        if not stop.is_set():
+            loop.call_soon(keep_busy)
+
+    async with asyncio.TaskGroup() as group:
+        loop.call_soon(keep_busy)
+        group.create_task(
+            follow_dependencies(recorder, {"x": take_many_steps}, stop, interval=SHORT, limit=SHORT)
+        )
+        try:
+            async with asyncio.timeout(PATIENCE):
+                assert [await recorder.reported.get() for _ in range(3)] == [True] * 3
+        finally:
+            stop.set()
 
 
 async def test_a_dependency_check_that_ignores_cancellation_is_unhealthy() -> None:
