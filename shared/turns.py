@@ -7,6 +7,8 @@ another user slow, although places are free. Therefore:
 - Few calls of a user run at a time: ALONE, or AT_ONCE while others call as well. The rest wait.
 - The calls of a user with many calls in progress, and each part of long work, give way to the
   calls of users with few. They wait for them for at most `_GIVES_WAY_S`, so nobody can stop them.
+- While calls arrive one after the other, those of a user with many wait in the same manner: a call
+  of another user may be among them.
 
 A user with few calls thus waits for the call that runs, or for one part, of a user with many.
 
@@ -40,6 +42,9 @@ _COUNTS_S: Final = 0.05
 # For how long a call or a part gives way, in seconds. Most calls take less. If calls of others run
 # all the time, the calls of a user with many give way for half of the time.
 _GIVES_WAY_S: Final = 0.01
+# For how long after the arrival of a call the next one may follow, in seconds. gRPC hands calls
+# over one by one, so a call of another user may come after all those that it arrived with.
+_ARRIVES_S: Final = 0.001
 # The longest rest after a part, in seconds.
 _LONGEST_REST_S: Final = 0.01
 _KIND: Final = "user"
@@ -62,11 +67,18 @@ class Turns:
         # The parts of each user that wait or give way: one at a time.
         self._parts: dict[Claimant, deque[asyncio.Future[None]]] = {}
         self._callers = RecentCallers()
+        # When the last call of a user arrived.
+        self._arrived = 0.0
 
     @property
     def waiting(self) -> int:
         """How many calls wait."""
         return sum(len(calls.waiting) for calls in self._users.values())
+
+    def note_arrival(self, claimant: Claimant) -> None:
+        """Note that a call of a user has arrived. It may still be refused."""
+        if _is_limited(claimant):
+            self._arrived = asyncio.get_running_loop().time()
 
     @asynccontextmanager
     async def entered(self, claimant: Claimant) -> AsyncIterator[Turn]:
@@ -147,6 +159,14 @@ class Turns:
                 return began + _COUNTS_S
         return None
 
+    def _others_until(self, claimant: Claimant, now: float) -> float | None:
+        """Return until when prompt calls of others count, also those that may arrive now."""
+        until = self._prompt_until(claimant, now)
+        arriving = self._arrived + _ARRIVES_S
+        if arriving <= now or not self._callers.others_call(claimant, now):
+            return until
+        return arriving if until is None else max(until, arriving)
+
     def begin(self, turn: Turn) -> asyncio.Future[None] | None:
         """Begin a call, or return the future that says when it may run."""
         claimant = turn.claimant
@@ -164,7 +184,7 @@ class Turns:
             if few:
                 self._prompt.pop(turn, None)
                 self._prompt[turn] = now
-            if few or self._prompt_until(claimant, now) is None:
+            if few or self._others_until(claimant, now) is None:
                 calls.running[turn] = now
                 return None
         future: asyncio.Future[None] = loop.create_future()
@@ -219,7 +239,7 @@ class Turns:
 
     def _waits_until(self, claimant: Claimant, calls: _CallsOfUser, now: float) -> float | None:
         """Return until when the next call of a user gives way at most; None if it does not."""
-        until = self._prompt_until(claimant, now)
+        until = self._others_until(claimant, now)
         if until is None:
             calls.gives_way_from = None
             return None

@@ -301,6 +301,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     places = self._tooling_streams if stream else self._checks
                     with places.place_of(peer_of_call(context.peer())):
                         return await work()
+                self._turns.note_arrival(caller.claimant)
                 shares = self._shares_of(method, stream=stream)
                 with self._by_user.counted(caller.user_id, caller.quotas, group):
                     async with (

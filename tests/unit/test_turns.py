@@ -93,6 +93,28 @@ async def test_calls_that_had_to_wait_give_way_to_those_that_had_not(calls: Call
     assert not calls.turns._prompt
 
 
+@pytest.mark.usefixtures("patient")
+async def test_calls_give_way_while_calls_arrive(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "_ARRIVES_S", 3600.0)
+    bob = Claimant("bob")
+    await visit(calls.turns)
+    await calls.start(MANY)
+    calls.turns.note_arrival(ANN)
+    calls.running[0].leave()
+    await steps(MANY)
+    assert (len(calls.running), calls.turns.waiting) == (1, MANY - 1)
+    # Calls of users with few calls do not.
+    await visit(calls.turns, bob)
+    assert (len(calls.running), calls.turns.waiting) == (1, MANY - 1)
+    monkeypatch.setattr(turns_module, "_ARRIVES_S", 0.0)
+    await visit(calls.turns, bob)
+    await steps(1)
+    assert (len(calls.running), calls.turns.waiting) == (2, MANY - 2)
+    await calls.finish()
+
+
 async def test_nobody_gives_way_for_long(calls: Calls) -> None:
     await visit(calls.turns)
     await calls.start(2)
