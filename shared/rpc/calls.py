@@ -26,7 +26,7 @@ from outbox_server.shared.callers import (
     leave_turn,
     set_current_caller,
 )
-from outbox_server.shared.errors import InvalidInput, NotFound, Unavailable
+from outbox_server.shared.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.quotas.in_flight import CallGroup, CallsInFlight
@@ -37,6 +37,7 @@ from outbox_server.shared.rpc.errors import build_status, status_of
 from outbox_server.shared.rpc.field_limits import check_fields
 from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
 from outbox_server.shared.rpc.reads import check_may_change
+from outbox_server.shared.rpc.refusals import RefusalRate
 from outbox_server.shared.rpc.request_rates import RequestRates
 from outbox_server.shared.rpc.streams import (
     Decode,
@@ -105,6 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._by_user = CallsInFlight()
         self._turns = Turns()
         self._rates = RequestRates()
+        self._refusals = RefusalRate()
         self._checks, self._tooling_streams = (
             PeerPlaces(what, per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS)
             for what in ("health checks", "health watches and reflection calls")
@@ -303,13 +305,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         return await work()
                 self._turns.note_arrival(caller.claimant)
                 shares = self._shares_of(method, stream=stream)
-                with self._by_user.counted(caller.user_id, caller.quotas, group):
-                    async with (
-                        shares.entered(caller.claimant) as place,
-                        self._turns.entered(caller.claimant) as turn,
-                    ):
-                        keep_place(place, turn)
-                        return await work()
+                admitted = False
+                try:
+                    with self._by_user.counted(caller.user_id, caller.quotas, group):
+                        async with (
+                            shares.entered(caller.claimant) as place,
+                            self._turns.entered(caller.claimant) as turn,
+                        ):
+                            admitted = True
+                            keep_place(place, turn)
+                            return await work()
+                except ResourceExhausted:
+                    if not admitted:
+                        await self._refusals.wait(caller.claimant)
+                    raise
         except TimeoutError as error:
             if not limit.expired():
                 raise

@@ -33,6 +33,7 @@ from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.fair_shares import PATIENCE as PLACE_PATIENCE
 from outbox_server.shared.fair_shares import FairShares
+from outbox_server.shared.rpc import refusals as refusals_module
 from outbox_server.shared.rpc import request_rates
 from outbox_server.shared.rpc.request_rates import RequestRates
 from tests.eventually import PATIENCE, eventually
@@ -87,6 +88,34 @@ async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_befo
             assert refusals(flood) == {("TOO_MANY_CALLS", "user eve"): 55}
             await check_as_fast(call, quiet)
         await give_up(flood)
+
+
+async def test_a_user_whose_calls_are_refused_waits_for_further_refusals(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals_module, "_AT_ONCE", 1)
+    monkeypatch.setattr(refusals_module, "_EVERY_S", 3600.0)
+    async with rivals(database_url, redis_url) as both:
+        hers, evil = await both.sender(both.ann), await both.sender(both.eve)
+        request = GetSenderRequest(sender_id=evil.sender_id)
+        await both.set_quotas("eve", calls=0)
+
+        async def code(deadline: float) -> grpc.StatusCode:
+            call = both.scheduler.senders.GetSender(request, metadata=both.eve, timeout=deadline)
+            try:
+                await call
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        async def is_refused() -> bool:
+            return await code(PATIENCE) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        # A key may have the quotas of before for some seconds.
+        await eventually(is_refused)
+        assert await code(1) is grpc.StatusCode.DEADLINE_EXCEEDED
+        call, _ = await quiet_and_loaded(both, hers)
+        await call()
 
 
 async def test_calls_of_one_user_run_one_at_a_time_beside_those_of_another(
