@@ -1,12 +1,8 @@
-"""Settles claims, and marks those that follow: in PostgreSQL, then in Redis.
+"""Settles claims, and marks those that follow, in PostgreSQL. Then Redis learns of it.
 
 One turn follows the other. A turn is one statement of PostgreSQL: it records what has ended and
-marks what was claimed. What arrives during a turn is the group of the next one. If the process dies
-between the two stores, the leases in Redis expire. Until then they count in the window, and
-afterwards the sender's head is loaded again.
-
-When the settings of the installation change, other processes load the next key space of Redis from
-PostgreSQL. There too, a send that is in flight meanwhile has a lease, which ends with the send.
+marks what was claimed. What arrives during a turn is the group of the next one. `queue_settler.py`
+then settles in Redis what PostgreSQL has recorded.
 """
 
 from __future__ import annotations
@@ -14,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,11 +30,10 @@ from outbox_server.services.dispatcher.ended_claims import (
     dues_of,
     is_stale,
     job_of,
-    may_have_cooled,
     sender_of,
-    settlement_of,
 )
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
+from outbox_server.services.dispatcher.queue_settler import QueueSettler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob, Marking
 from outbox_server.shared.database.engine import DATABASE_ERRORS, is_locked
@@ -47,10 +41,9 @@ from outbox_server.shared.database.frequent import KeptConnections, driver_withi
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.loops import raise_if_cancelled
-from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Queue
-from outbox_server.shared.queue.records import Claim, Settlement
+from outbox_server.shared.queue.records import Claim
 
 _RETRY_S = 0.2
 # How long a group waits for the outcomes of sends that began lately.
@@ -114,16 +107,12 @@ class Settler:
         self._seen = seen
         self._hand_over = hand_over
         self._metrics = metrics or DispatcherMetrics()
-        self._confirmed_at = confirmed_at
-        # The loaders of later key spaces, and those of them that do not know `_recent` yet.
-        self._successors: list[HeadLoader] = []
+        self._queue_settler = QueueSettler(loader, confirmed_at)
+        # The loaders of later key spaces that have missed what was recorded before `follow`.
         self._new_successors: list[HeadLoader] = []
-        # What was recorded since `confirmed_at`: a load of the next key space may have missed it.
-        self._recent: deque[tuple[float, list[ClaimOutcome], Recorded]] = deque()
         self._rules = rules
         self._kept = KeptConnections(statements)
         self._transactions = transactions
-        self._loader = loader
         self._slots = slots
         self._pending: list[ClaimOutcome] = []
         self._marks: list[_MarkRequest] = []
@@ -173,7 +162,7 @@ class Settler:
 
     def follow(self, successor: HeadLoader) -> None:
         """Settle in this later key space too from now on, and pass on what it may have missed."""
-        self._successors.append(successor)
+        self._queue_settler.follow(successor)
         self._new_successors.append(successor)
         self._arrived.set()
 
@@ -190,7 +179,7 @@ class Settler:
                 self._arrived.clear()
                 await self._wait_for_more()
                 for loader in self._new_successors:
-                    tasks.create_task(self._settle_recent(loader))
+                    tasks.create_task(self._queue_settler.settle_recent(loader))
                 self._new_successors = []
                 group, self._pending = self._pending, []
                 await self._take_turn(group, tasks)
@@ -301,7 +290,7 @@ class Settler:
     ) -> None:
         # Not awaited: while Redis hangs, the next outcomes must still be recorded before their
         # leases expire. Before the release, so that the next claim finds what this frees.
-        tasks.create_task(self._settle_in_redis(group, recorded))
+        tasks.create_task(self._queue_settler.settle(group, recorded))
 
     async def _finish(
         self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup, *, alone: bool = False
@@ -365,73 +354,6 @@ class Settler:
         now = time.monotonic()
         return await storage.settle(connection, records, now, dispatcher=self._dispatcher())
 
-    async def _settle_in_redis(self, group: list[ClaimOutcome], recorded: Recorded) -> None:
-        now = time.monotonic()
-        while self._recent and self._recent[0][0] < self._confirmed_at():
-            self._recent.popleft()
-        self._recent.append((now, group, recorded))
-        await self._settle_in(self._loader, group, recorded)
-        for loader in self._successors:
-            await self._settle_later(loader, group, recorded)
-
-    async def _settle_recent(self, loader: HeadLoader) -> None:
-        for _, group, recorded in list(self._recent):
-            await self._settle_later(loader, group, recorded)
-
-    async def _settle_later(
-        self, loader: HeadLoader, group: list[ClaimOutcome], recorded: Recorded
-    ) -> None:
-        """Settle in a later key space. Settling twice changes nothing more."""
-        # A claim that was not marked never had a lease there.
-        ended = [outcome for outcome in group if isinstance(outcome, EndedAttempt)]
-        unsent = [outcome for outcome in group if isinstance(outcome, UnsentJob)]
-        try:
-            senders = {one.record.sender_id for one in ended}
-            senders |= {one.claim.sender_id for one in unsent}
-            queues = await loader.find_queues(sorted(senders))
-            for outcome in unsent:
-                # Its claim does not know the lease that a load has brought there.
-                claim = outcome.claim
-                await queues[claim.sender_id].forget_senders([claim.sender_id])
-                if claim.user:
-                    await queues[claim.sender_id].forget_user(claim.user)
-            if unsent:
-                await loader.load({outcome.claim.sender_id for outcome in unsent}, committed=True)
-        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-            _log.warning("release_failed", jobs=len(unsent), error=type(error).__name__)
-        if ended:
-            await self._settle_in(loader, ended, recorded)
-
-    async def _settle_in(
-        self, loader: HeadLoader, group: Sequence[ClaimOutcome], recorded: Recorded
-    ) -> None:
-        by_queue: dict[int, list[Settlement]] = {}
-        stale: set[int] = set()
-        now = time.monotonic()
-        for outcome in group:
-            settlement = settlement_of(outcome, recorded, now)
-            shard = loader.queue_of(settlement.sender_id).shard
-            by_queue.setdefault(shard, []).append(settlement)
-            unknown = isinstance(outcome, UnmarkedClaim) and outcome.unknown
-            # Without a marker, even for a sender that does not exist: if this process dies, the
-            # lease expires, which causes a load.
-            if unknown or is_stale(outcome, recorded.dues) or may_have_cooled(outcome, settlement):
-                stale.add(settlement.sender_id)
-        lost: set[int] = set()
-        for shard, settlements in by_queue.items():
-            # The shards may be on different nodes: each is settled, whatever happens to the others.
-            try:
-                lost.update(await loader.queues[shard].settle(settlements))
-            except QUEUE_ERRORS as error:
-                _release_failed(len(settlements), error)
-        try:
-            if stale or lost:
-                await loader.load(stale | lost, committed=True)
-            if lost:
-                await _settle_moved(loader, by_queue, lost)
-        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-            _release_failed(len(group), error)
-
     async def _until_recorded(self, group: list[ClaimOutcome], *, alone: bool) -> Recorded | None:
         """Record a group, however long it takes. None: a row is locked, and it is not `alone`."""
         failing = False
@@ -450,22 +372,3 @@ class Settler:
 def _is_plain(outcome: ClaimOutcome) -> TypeGuard[EndedAttempt]:
     """Return whether an outcome is recorded by a single statement."""
     return isinstance(outcome, EndedAttempt) and not may_matter(outcome.record, outcome.signal)
-
-
-async def _settle_moved(
-    loader: HeadLoader, by_queue: Mapping[int, Sequence[Settlement]], unknown: set[int]
-) -> None:
-    """Settle claims of senders that were moved to another shard, which the load has found."""
-    for shard, settlements in by_queue.items():
-        again: dict[Queue, list[Settlement]] = {}
-        for settlement in settlements:
-            queue = loader.queue_of(settlement.sender_id)
-            if settlement.sender_id in unknown and queue.shard != shard:
-                again.setdefault(queue, []).append(settlement)
-        for queue, moved in again.items():
-            await queue.settle(moved)
-
-
-def _release_failed(jobs: int, error: Exception) -> None:
-    # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
-    _log.warning("release_failed", jobs=jobs, error=type(error).__name__)
