@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import math
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from outbox_server.services.dispatcher.claims_ahead import AHEAD_PER_SLOT, ClaimsAhead
+from outbox_server.services.dispatcher.recent_permits import RecentPermits
 from outbox_server.services.dispatcher.shares import Permit, Route, Shares, User
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.queue.user_limits import UserLimit
@@ -40,19 +41,6 @@ _MAX_SENDERS: Final = 100_000
 MAX_WAITING: Final = 1_000
 # The same for one user.
 MAX_WAITING_OF_USER: Final = 250
-# Jobs are claimed ahead for as many sends as ended within this time, so they wait about as long.
-_AHEAD_S: Final = 0.05
-# The maximum number of jobs claimed ahead per slot. While one group gets its slots, the next one is
-# claimed.
-_AHEAD_PER_SLOT: Final = 2
-# Jobs are claimed ahead when this share of that number is free, because each claim has a fixed
-# cost.
-_LEAST_PART_AHEAD: Final = 0.4
-# A user who got this part of an equal share of the last permits comes after other users.
-_ENOUGH_LATELY: Final = 0.75
-# How many permits count as the last ones: this many per slot, and at most the second number.
-_LATELY_PER_SLOT: Final = 20
-_MOST_LATELY: Final = 200
 # Jobs claimed ahead return to the queue after this time, if sends take longer than before.
 _LONGEST_AHEAD_S: Final = 0.2
 
@@ -93,12 +81,7 @@ class Slots:
         self._limited: dict[int, set[str]] = {}
         # Whether `on_room` is to be called.
         self._room = False
-        # Claims that wait and were claimed ahead, and those that a claim under way may bring.
-        self._ahead = 0
-        self._ahead_taken = 0
-        # How many sends ended lately, and when.
-        self._ended: deque[tuple[float, int]] = deque()
-        self._clock = clock
+        self._ahead = ClaimsAhead(total, clock)
         self._in_flight = 0
         # Slots that count twice, because one statement ends one send and marks the next.
         self._handed_over = 0
@@ -109,11 +92,7 @@ class Slots:
         self._idle = asyncio.Event()
         self._idle.set()
         self._routes: OrderedDict[int, Route] = OrderedDict()
-        # The users of the last permits, and how many each of them got.
-        self._issued: deque[str] = deque()
-        self._lately: Counter[str] = Counter()
-        # Whether the last claim preferred users who got none of them.
-        self._none_lately = True
+        self._recent = RecentPermits(total)
         # The claims that wait, oldest first, by route, and their number.
         self._lines: dict[Route, dict[_Waiter, None]] = {}
         self._waiting = 0
@@ -171,27 +150,19 @@ class Slots:
         `return_ahead` follows when the claim has ended and its jobs wait.
         """
         room = self._ahead_room()
-        self._ahead_taken += room
+        self._ahead.taken += room
         if room:
             self._idle.clear()
         return room
 
     def return_ahead(self, number: int) -> None:
         """Return the room that `take_ahead` took."""
-        self._ahead_taken -= number
+        self._ahead.taken -= number
         self.settled(0)
 
     def _ahead_room(self) -> int:
-        since = self._clock() - _AHEAD_S
-        while self._ended and self._ended[0][0] < since:
-            self._ended.popleft()
-        if not self._ended:
-            return 0
-        most = min(_AHEAD_PER_SLOT * self._total, sum(number for _, number in self._ended))
         # If too many claims wait already, further ones would go back to the queue unused.
-        may_wait = MAX_WAITING - self._waiting
-        room = max(0, min(most - self._ahead, may_wait) - self._ahead_taken)
-        return room if room >= most * _LEAST_PART_AHEAD else 0
+        return self._ahead.room(MAX_WAITING - self._waiting)
 
     def hand_over(self, number: int) -> None:
         """Let claims that wait use the slots of `number` sends that have ended.
@@ -199,7 +170,7 @@ class Slots:
         One statement must mark those claims and record those ends. `end_hand_over` follows after
         it. The slots of ends that it did not record stay in use.
         """
-        self._ended.append((self._clock(), number))
+        self._ahead.sends_ended(number)
         before = self._in_flight
         self._resume_waiting(self._total + number)
         self._handed_over += self._in_flight - before
@@ -222,7 +193,7 @@ class Slots:
         self._resume_waiting(self._total)
         if self._in_flight < self._total or self._ahead_room():
             self._free.set()
-        if not (self._in_flight or self._waiting or self._overflow or self._ahead_taken):
+        if not (self._in_flight or self._waiting or self._overflow or self._ahead.taken):
             self._idle.set()
 
     def settled(self, number: int, returned: int = 0) -> None:
@@ -269,31 +240,15 @@ class Slots:
         """
         found = []
         fair, share = self._shares.fair, self._shares.share
-        served = self._served_lately()
+        served = self._recent.served()
         users = dict(self._shares.active()) | {key: self._shares.user(key) for key in served}
         for key, user in users.items():
-            ahead = max(0, min(self._ahead_taken, _AHEAD_PER_SLOT * share - user.waiting))
+            ahead = max(0, min(self._ahead.taken, AHEAD_PER_SLOT * share - user.waiting))
             most = min(share - user.held + ahead, MAX_WAITING_OF_USER - user.waiting)
             first = 0 if key in served else min(most, fair - user.held)
             if first < want:
                 found.append(UserLimit(key, first=max(0, first), most=max(0, most)))
         return found
-
-    def _served_lately(self) -> set[str]:
-        """Return the users who got their part of the last permits. Other users come before them.
-
-        Otherwise a user whose backlog has waited longest would come first until all of it is sent.
-        If one user alone got permits, nobody is returned: the reserve is for the others. In every
-        second claim, a single permit counts as a part, because among many users there is always one
-        who got a little less than the others.
-        """
-        if len(self._lately) == 1 and self._total > 1:
-            return set()
-        self._none_lately = not self._none_lately
-        if self._none_lately:
-            return set(self._lately)
-        part = math.ceil(_ENOUGH_LATELY * len(self._issued) / max(1, len(self._lately)))
-        return {key for key, number in self._lately.items() if number >= part}
 
     def limited(self, shard: int, limits: Iterable[UserLimit]) -> None:
         """Note whose jobs a claim of a shard may leave out: `on_room` is called for them."""
@@ -350,13 +305,7 @@ class Slots:
         return self._issue(route)
 
     def _issue(self, route: Route) -> Permit:
-        self._issued.append(route.user)
-        self._lately[route.user] += 1
-        if len(self._issued) > min(_LATELY_PER_SLOT * self._total, _MOST_LATELY):
-            oldest = self._issued.popleft()
-            self._lately[oldest] -= 1
-            if not self._lately[oldest]:
-                del self._lately[oldest]
+        self._recent.add(route.user)
         return self._shares.issue(route)
 
     def end(self, permit: Permit, *, sent: bool = True, answered: bool = True) -> None:
@@ -397,7 +346,7 @@ class Slots:
             waiter.timer = loop.call_later(limit, self._end_wait, waiter, None)
             if self._waiting < MAX_WAITING:
                 self._lines.setdefault(route, {})[waiter] = None
-                self._ahead += waiter.ahead
+                self._ahead.waiting += waiter.ahead
                 self._count_waiting(route, 1)
             else:
                 self._overflow[waiter] = None
@@ -427,7 +376,7 @@ class Slots:
         else:
             line = self._lines[waiter.route]
             del line[waiter]
-            self._ahead -= waiter.ahead
+            self._ahead.waiting -= waiter.ahead
             if not line:
                 del self._lines[waiter.route]
             self._has_room(waiter.route.user, self._count_waiting(waiter.route, -1))
