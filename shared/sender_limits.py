@@ -1,9 +1,9 @@
 """The limits that delay the mail of a sender: the list that every implementation must cover.
 
-A limit is implemented in four places: the Lua scripts apply it (`look.lua`), the forecast predicts
-it (`simulation.py`), the audit checks it afterwards (`audit/replay.py`), and the tests have a model
-of the scripts (`queue_model.py`). A fifth place, `explaining.py`, reports it to callers as a
-WaitReason.
+A limit is implemented in four places: the Lua scripts apply it (`limits.lua`), the forecast
+predicts it (`simulation.py`), the audit checks it afterwards (`audit/replay.py`), and the tests
+have a model of the scripts (`queue_model.py`). A fifth place, `explaining.py`, reports it to
+callers as a WaitReason.
 
 Each place marks the code of a limit with its name, such as `Limit.GAP`, or says why it does not
 implement it: `Without Limit.CIRCUIT: ...`. `tests/unit/test_sender_limits.py` fails if a place does

@@ -19,8 +19,8 @@ MOST_AHEAD = 1_000_000
 class WaitReason(IntEnum):
     """The reason why a job waits, with the numbers of `outbox.v1`.
 
-    The limits of a sender are implemented in look.lua, simulation.py, replay.py and queue_model.py:
-    sender_limits.py has the list.
+    The limits of a sender are implemented in limits.lua, simulation.py, replay.py and
+    queue_model.py: sender_limits.py has the list.
     """
 
     UNSPECIFIED = 0

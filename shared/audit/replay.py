@@ -3,7 +3,7 @@
 Pure arithmetic. Times are numbers in one unit of the caller's choice: ints of microseconds are
 exact; floats of seconds since 1970 are exact to 0.3 us.
 
-The limits of a sender are implemented here, in look.lua (which decides), simulation.py (forecast)
+The limits of a sender are implemented here, in limits.lua (which decides), simulation.py (forecast)
 and queue_model.py (tests), and named in explaining.py: sender_limits.py has the list. The replay
 checks only the limits that the attempts can prove.
 Without Limit.IN_FLIGHT: not audited; with a gap, two sends at once show as a negative gap.

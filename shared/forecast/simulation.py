@@ -18,7 +18,7 @@ number of changes, not on the number of mails. The number of changes
 that are computed is bounded. Beyond it the result is an estimate, which assumes that the rest is
 sent at the average rate so far. Times are whole microseconds since 1970.
 
-The limits of a sender are implemented here, in look.lua (which decides), replay.py (audit) and
+The limits of a sender are implemented here, in limits.lua (which decides), replay.py (audit) and
 queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
 Without Limit.CIRCUIT: a forecast assumes that every endpoint works from now on.
 Without Limit.PACE: a forecast assumes that no server complains about the rate; only Redis knows it.

@@ -3,7 +3,7 @@
 The module has no I/O and follows the definitions instead of being fast: it searches all instants
 for the one from which the window has room, and all senders for the next one. Times are Unix ms.
 
-The limits of a sender are implemented here, in look.lua (which decides), simulation.py (forecast)
+The limits of a sender are implemented here, in limits.lua (which decides), simulation.py (forecast)
 and replay.py (audit), and named in explaining.py: sender_limits.py has the list.
 Without Limit.SENDING_HOURS: the scripts get one opening with each load, and test_sending_hours.py
 tests how they use it; the openings of a week are computed in Python.

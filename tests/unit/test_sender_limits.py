@@ -24,10 +24,10 @@ _OF_THE_JOB = {
     "BATCH_PAUSED",
 }
 
-SCRIPT = files("outbox_server.shared.queue") / "lua" / "includes" / "look.lua"
+SCRIPT = files("outbox_server.shared.queue") / "lua" / "includes" / "limits.lua"
 # The first file of each place names the other places.
 PLACES: dict[str, list[Traversable]] = {
-    "look.lua": [SCRIPT],
+    "limits.lua": [SCRIPT],
     "simulation.py": [
         Path(simulation.__file__),
         Path(simulation.__file__).with_name("forecasts.py"),

@@ -15,6 +15,8 @@
 --!include run
 --!include life
 --!include circuit
+--!include limits
+--!include sender
 --!include look
 
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])

@@ -14,6 +14,8 @@
 --!include run
 --!include life
 --!include circuit
+--!include limits
+--!include sender
 --!include look
 --!include whole
 

@@ -11,6 +11,8 @@
 --!include run
 --!include life
 --!include circuit
+--!include limits
+--!include sender
 --!include look
 
 local window = tonumber(ARGV[1])

@@ -13,6 +13,8 @@
 --!include run
 --!include life
 --!include circuit
+--!include limits
+--!include sender
 --!include look
 --!include whole
 

@@ -10,7 +10,8 @@
 --!include run
 --!include life
 --!include circuit
---!include look
+--!include limits
+--!include sender
 --!include restored
 
 -- A job whose row was locked is put back at most this many ms late.

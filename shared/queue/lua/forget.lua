@@ -9,7 +9,8 @@
 --!include run
 --!include life
 --!include circuit
---!include look
+--!include limits
+--!include sender
 
 local known = 0
 for _, id in ipairs(ARGV) do

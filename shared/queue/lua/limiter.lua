@@ -13,7 +13,8 @@
 --!include run
 --!include life
 --!include circuit
---!include look
+--!include limits
+--!include sender
 
 local window, s = tonumber(ARGV[1]), read_sender(ARGV[2])
 if not s then return nil end

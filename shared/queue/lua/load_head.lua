@@ -31,6 +31,9 @@
 --!include life
 --!include epoch
 --!include circuit
+--!include circuit_changes
+--!include limits
+--!include sender
 --!include look
 --!include history
 --!include restored

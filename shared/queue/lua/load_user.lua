@@ -16,6 +16,8 @@
 --!include life
 --!include epoch
 --!include circuit
+--!include limits
+--!include sender
 --!include look
 --!include history
 

@@ -11,6 +11,8 @@
 --!include run
 --!include life
 --!include circuit
+--!include limits
+--!include sender
 --!include look
 
 local window, until_ms = tonumber(ARGV[1]), NOW + tonumber(ARGV[2])

@@ -26,6 +26,9 @@
 --!include run
 --!include life
 --!include circuit
+--!include circuit_changes
+--!include limits
+--!include sender
 --!include look
 --!include pace
 --!include restored

@@ -1,4 +1,4 @@
-"""includes/circuit.lua: mail to a failing endpoint waits while one probe at a time is sent."""
+"""The circuits of includes/: mail to a failing endpoint waits while one probe at a time is sent."""
 
 from __future__ import annotations
 
