@@ -6,11 +6,9 @@ No other code reads the environment. An instance is frozen, and constructors pas
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from pydantic import (
-    AfterValidator,
-    BeforeValidator,
     Field,
     SecretStr,
     ValidationError,
@@ -21,53 +19,25 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
 from outbox_server.shared.bounds import MAX_GAP, MAX_HOURLY_LIMIT, MAX_QUOTA
-from outbox_server.shared.durations import format_duration, parse_duration
+from outbox_server.shared.durations import format_duration
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secret_files import SecretFiles
-from outbox_server.shared.store_urls import check_database_url, check_redis_url
+from outbox_server.shared.setting_types import (
+    DatabaseUrl,
+    Duration,
+    Durations,
+    RedisUrl,
+    Retention,
+    Waits,
+)
 
 _ZERO = timedelta(0)
 _MILLISECOND = timedelta(milliseconds=1)
-_LONGEST_WAIT = timedelta(days=30)
-
-
-def _duration(value: Any) -> Any:
-    return parse_duration(value) if isinstance(value, str) else value
-
-
-def _durations(value: Any) -> Any:
-    if isinstance(value, str):
-        return tuple(parse_duration(part) for part in value.split(",") if part.strip())
-    return value
-
-
-def _waits(value: Any) -> Any:
-    waits = _durations(value)
-    if isinstance(waits, tuple) and not waits:
-        raise ValueError("write at least one duration, such as 5m")
-    if isinstance(waits, tuple) and not all(_ZERO < wait <= _LONGEST_WAIT for wait in waits):
-        raise ValueError(f"each must be more than 0 and at most {_LONGEST_WAIT.days}d")
-    return waits
-
-
-def _retention(value: Any) -> Any:
-    duration = None if value == "" else _duration(value)
-    return None if duration == _ZERO else duration
-
-
-Duration = Annotated[timedelta, BeforeValidator(_duration)]
-Durations = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_durations)]
-# The waits before a mail server is tried again: never zero, and short enough to give a valid date.
-Waits = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_waits)]
-
-DatabaseUrl = Annotated[str, AfterValidator(check_database_url)]
-RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 
 
 class Settings(BaseSettings):
@@ -287,12 +257,12 @@ class Settings(BaseSettings):
         description="what happens to a mail if nobody can know whether the server accepted it: "
         "`resend`, or `hold` until a caller decides",
     )
-    retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
+    retention: Retention = Field(
         None,
         description="age at which finished jobs are removed, with their attempts and batches, such "
         "as `90d`; at least 1d, OUTBOX_RATE_WINDOW and OUTBOX_QUOTA_DAY; unset or 0: never",
     )
-    audit_retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
+    audit_retention: Retention = Field(
         timedelta(days=365),
         description="age at which events of the audit log are removed, such as `90d`; 0: never",
     )
