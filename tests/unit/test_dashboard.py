@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from outbox_server.deploy.grafana.dashboard import FILE, ROWS, text
+from outbox_server.deploy.grafana.dashboard import FILE, text
+from outbox_server.deploy.grafana.panels import ROWS
 from tests.unit.test_metrics_page import registered
 
 PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
