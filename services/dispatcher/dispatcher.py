@@ -28,6 +28,7 @@ from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.ended_claims import UnmarkedClaim, UnsentJob
 from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter
+from outbox_server.services.dispatcher.head_loads import HeadLoads
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import Renewer
@@ -123,6 +124,7 @@ class Dispatcher:
             metrics,
             lambda group, marks: self._spawn(self._process(group, marks)),
         )
+        self._head_loads = HeadLoads(loader, self._spawn)
         self._renewer = Renewer(statements, loader, settings.lease, metrics)
         self._sending = SendStep(
             settings,
@@ -140,8 +142,6 @@ class Dispatcher:
         metrics.concurrency.set(settings.dispatcher_concurrency)
         metrics.in_flight.set_function(lambda: self.in_flight)
         self._group: asyncio.TaskGroup | None = None
-        # The shards that this dispatcher is rebuilding.
-        self._rebuilding: set[int] = set()
         # The shards whose last claim failed.
         self._failing: set[int] = set()
         # Whether a store failed after a claim. The next claim then waits a little.
@@ -263,7 +263,7 @@ class Dispatcher:
             claimed_at = time.monotonic()
             claimed = await self._claim(queue, slots + ahead)
             # It is not awaited, so that jobs that become eligible meanwhile do not wait.
-            self._load_heads(queue, claimed)
+            self._head_loads.begin(queue, claimed)
             self._loader.learn_routes(queue, (claim.sender_id for claim in claimed.claims))
             self._metrics.claimed(claimed.claims)
             self._groups.start(queue, claimed.claims, claimed_at, slots)
@@ -338,7 +338,7 @@ class Dispatcher:
         if not why.valid:
             # Another Redis server may be in use. The rebuild finds out; if none is, it rebuilds
             # here.
-            self._begin_rebuild(queue)
+            self._head_loads.begin_rebuild(queue)
             self._store_failed = True
         claimed_ms = claims[0].lease_ms - self._lease // _MS
         if any(due_ms > why.postgres_ms for due_ms in why.due.values()):
@@ -348,7 +348,7 @@ class Dispatcher:
             # Otherwise each job of the heads, which were loaded before the hold, would be claimed.
             held = {claim.sender_id for claim in claims if claim.job.job_id not in why.due}
             if held:
-                self._spawn(self._load(queue, sorted(held)))
+                self._head_loads.begin_load(queue, sorted(held))
         for claim in claims:
             due_ms = why.due.get(claim.job.job_id)
             if due_ms is None:
@@ -412,33 +412,6 @@ class Dispatcher:
             return timedelta(0)
         longest = _RETRY if claimed.lost or claimed.provisional else HEARTBEAT
         return longest if claimed.next_look is None else min(claimed.next_look, longest)
-
-    def _load_heads(self, queue: Queue, claimed: Claimed) -> None:
-        """Begin the loads that a claim asked for. Senders that are loaded go on meanwhile."""
-        if claimed.lost or claimed.provisional:
-            self._begin_rebuild(queue)
-        if claimed.loads:
-            self._spawn(self._load(queue, claimed.loads))
-
-    def _begin_rebuild(self, queue: Queue) -> None:
-        if queue.shard not in self._rebuilding:
-            self._rebuilding.add(queue.shard)
-            self._spawn(self._rebuild(queue))
-
-    async def _rebuild(self, queue: Queue) -> None:
-        try:
-            await self._loader.rebuild(queue)
-        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-            _log.warning("rebuild_failed", shard=queue.shard, error=type(error).__name__)
-        finally:
-            self._rebuilding.discard(queue.shard)
-
-    async def _load(self, queue: Queue, sender_ids: Sequence[int]) -> None:
-        try:
-            await self._loader.load_requested(queue, sender_ids)
-        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-            # A later claim asks again, once the load is overdue.
-            _log.warning("load_failed", senders=len(sender_ids), error=type(error).__name__)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         if self._group is None:
