@@ -38,7 +38,7 @@ _REPEATS: Final = {
 Path_ = tuple[int, ...]
 
 
-class Page:
+class PackageReference:
     """The reference of one package."""
 
     def __init__(self, files: Sequence[FileDescriptorProto]) -> None:
@@ -175,7 +175,7 @@ def _choice(message: DescriptorProto, field: FieldDescriptorProto) -> str:
 def build(source: Path = SOURCE) -> str:
     """Return the page."""
     found = FileDescriptorSet.FromString(source.read_bytes())
-    return Page([file for file in found.file if file.package == PACKAGE]).text()
+    return PackageReference([file for file in found.file if file.package == PACKAGE]).text()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ TARGET: Final = ROOT / "protos" / "outbox" / "v1" / "service_config.json"
 PACKAGE: Final = "outbox.v1"
 
 
-class Kind(Enum):
+class MethodKind(Enum):
     """What a method does, as far as its deadline is concerned."""
 
     READ = "reads a page, or what the caller names"
@@ -31,7 +31,12 @@ class Kind(Enum):
     STREAM = "streams to the caller, for any time"
 
 
-TIMEOUTS: Final = {Kind.READ: "30s", Kind.CHANGE: "30s", Kind.BULK: "300s", Kind.UPLOAD: "3600s"}
+TIMEOUTS: Final = {
+    MethodKind.READ: "30s",
+    MethodKind.CHANGE: "30s",
+    MethodKind.BULK: "300s",
+    MethodKind.UPLOAD: "3600s",
+}
 BULK: Final = frozenset(
     {
         "BeginHold",
@@ -88,16 +93,16 @@ def _methods(contract: FileDescriptorSet) -> Iterator[tuple[str, MethodDescripto
                     yield f"{PACKAGE}.{service.name}", method
 
 
-def kind_of(method: MethodDescriptorProto) -> Kind:
+def kind_of(method: MethodDescriptorProto) -> MethodKind:
     """Return the kind of a method, which decides its deadline."""
     if method.server_streaming:
-        return Kind.STREAM
+        return MethodKind.STREAM
     if method.client_streaming:
-        return Kind.UPLOAD
+        return MethodKind.UPLOAD
     if method.name in BULK:
-        return Kind.BULK
+        return MethodKind.BULK
     reads = method.options.idempotency_level == MethodOptions.NO_SIDE_EFFECTS
-    return Kind.READ if reads else Kind.CHANGE
+    return MethodKind.READ if reads else MethodKind.CHANGE
 
 
 def _policy(method: MethodDescriptorProto) -> dict[str, Any]:

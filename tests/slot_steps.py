@@ -1,4 +1,4 @@
-"""A clock that tests set, and what they do with the slots of a dispatcher."""
+"""What tests do with the slots of a dispatcher."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ import asyncio
 
 from outbox_server.services.dispatcher.shares import Permit, Route
 from outbox_server.services.dispatcher.slots import Slots
+from tests.clock import Clock
 
 SLOW, QUICK, NEW = (Route(f"{name}.test", "anna") for name in ("slow", "quick", "new"))
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def take_all(slots: Slots, route: Route, most: int = 5) -> list[Permit]:

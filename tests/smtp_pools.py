@@ -25,16 +25,6 @@ LIMIT: Final = 0.2
 MAIL: Final = Envelope("a@x.test", "b@y.test", b"Subject: s\r\n\r\nHello\r\n", needs_smtputf8=False)
 
 
-class PoolClock:
-    """A clock that the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def pool_of(*, timeout: float = PATIENCE, **settings: Any) -> SmtpPool:
     defaults: dict[str, Any] = {
         "limits": PhaseLimits.of(timeout),

@@ -367,3 +367,20 @@ class _Session:
 def plain_login(user: str, password: str) -> str:
     """Return the response of AUTH PLAIN on the wire (RFC 4616)."""
     return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+
+
+class CrowdedServer(ScriptedServer):
+    """Performs an action in one phase, on every connection above its limit."""
+
+    def __init__(self, most: int, phase: str, action: Action, **plan: Any) -> None:
+        super().__init__({phase: self._look, **plan})
+        self.most = most
+        self.refused = 0
+        self._answer = action
+
+    def _look(self, heard: Conversation) -> Any:
+        del heard
+        if len(self.open) <= self.most:
+            return Succeed()
+        self.refused += 1
+        return self._answer

@@ -59,7 +59,7 @@ MAX_ADDED: Final = 400 * MIB
 
 
 @dataclass
-class Installation:
+class ChartInstallation:
     """An installation of the rendered chart, and the mail server to which it sends."""
 
     pods: dict[str, PlayedPod]
@@ -129,7 +129,7 @@ def values() -> dict[str, object]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def installation(
     stores: Stores, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Installation]:
+) -> AsyncIterator[ChartInstallation]:
     """Migrate, register the first key and start the services and the gateway."""
     folder = tmp_path_factory.mktemp("installation")
     await stores.postgres.ensure_database(DATABASE)
@@ -158,7 +158,7 @@ async def installation(
             jobs = {"migrate": await pods["migrate"].job()}
             await asyncio.gather(*(pods[name].play() for name in PODS))
             jobs["operator-key"] = await pods["operator-key"].job()
-            made = Installation(pods, inbox, key, certificate, jobs)
+            made = ChartInstallation(pods, inbox, key, certificate, jobs)
             await made.until_ready()
             yield made
         finally:
@@ -183,7 +183,7 @@ async def test_the_image_is_this_version_and_has_neither_compiler_nor_pip() -> N
 
 @short
 async def test_the_jobs_of_the_chart_migrate_and_store_the_first_key(
-    installation: Installation,
+    installation: ChartInstallation,
 ) -> None:
     code, _ = installation.jobs["migrate"]
     assert code == 0
@@ -194,7 +194,7 @@ async def test_the_jobs_of_the_chart_migrate_and_store_the_first_key(
 @short
 @pytest.mark.parametrize("name", PODS)
 async def test_a_container_has_no_rights_and_cannot_write(
-    installation: Installation, name: str
+    installation: ChartInstallation, name: str
 ) -> None:
     pod = installation.pods[name]
     folders = (
@@ -228,7 +228,7 @@ async def test_a_container_has_no_rights_and_cannot_write(
 
 @pytest.mark.parametrize("name", SERVICES)
 async def test_the_probes_pass_from_outside_and_as_commands(
-    installation: Installation, name: str
+    installation: ChartInstallation, name: str
 ) -> None:
     for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert await installation.passes(name, kind)
@@ -241,7 +241,7 @@ async def test_the_probes_pass_from_outside_and_as_commands(
 
 @short
 async def test_the_main_job_runs_inside_a_container_and_keeps_every_limit(
-    installation: Installation,
+    installation: ChartInstallation,
 ) -> None:
     pod = installation.pods["scheduler"]
     environment = (
@@ -271,7 +271,7 @@ async def test_the_main_job_runs_inside_a_container_and_keeps_every_limit(
 
 @short
 async def test_the_gateway_translates_rest_calls_to_the_services_over_tls(
-    installation: Installation,
+    installation: ChartInstallation,
 ) -> None:
     # The health checks of Envoy find the services within seconds.
     async def created() -> str:
@@ -290,7 +290,7 @@ async def test_the_gateway_translates_rest_calls_to_the_services_over_tls(
 
 @short
 async def test_sigterm_and_a_restart_lose_and_double_no_waiting_mail(
-    installation: Installation,
+    installation: ChartInstallation,
 ) -> None:
     async with waiting_mails(
         installation.client, installation.inbox, installation.until_ready, "restart@example.com"
@@ -303,7 +303,7 @@ async def test_sigterm_and_a_restart_lose_and_double_no_waiting_mail(
 
 
 async def test_new_pods_in_place_of_the_old_lose_and_double_no_waiting_mail(
-    installation: Installation,
+    installation: ChartInstallation,
 ) -> None:
     async with waiting_mails(
         installation.client, installation.inbox, installation.until_ready, "replace@example.com"

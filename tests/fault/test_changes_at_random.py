@@ -61,7 +61,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass
-class Caller:
+class RandomCaller:
     """Makes one call after the other about a batch, and remembers what the answers promise."""
 
     world: World
@@ -252,12 +252,12 @@ async def test_what_answers_promise_is_true_and_nothing_is_held_for_ever(
     ):
         values = options(database_url, redis_url, server.url)
         csv = "email\n" + "".join(f"r{n}@b.org\n" for n in range(1, ROWS + 1))
-        callers: list[Caller] = []
+        callers: list[RandomCaller] = []
         for user in ("ann", "bob"):
             sender = await one.sender(user, hourly_limit=1_000_000)
             batch = (await one.schedule(sender, csv)).batch.batch_id
             own = random.Random(dice.random())
-            callers.append(Caller(world, [one, other], own, user, batch))
+            callers.append(RandomCaller(world, [one, other], own, user, batch))
 
         async def check() -> None:
             while True:

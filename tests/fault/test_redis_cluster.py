@@ -74,7 +74,7 @@ def cluster(stores: Stores) -> Iterator[ValkeyCluster]:
 
 
 @dataclass
-class Sending:
+class ClusterSending:
     """A dispatcher that sends the mail of senders of all shards."""
 
     world: World
@@ -110,7 +110,7 @@ class Sending:
 @asynccontextmanager
 async def sending(
     cluster: ValkeyCluster, database_url: str, inbox: Inbox, folder: Path, senders: int = 16
-) -> AsyncIterator[Sending]:
+) -> AsyncIterator[ClusterSending]:
     health = f"{LOOPBACK}:{free_port()}"
     values = options(
         database_url,
@@ -129,7 +129,7 @@ async def sending(
             for n in range(senders)
         ]
         await eventually(dispatcher.serving)
-        yield Sending(world, dispatcher, health, inbox, found)
+        yield ClusterSending(world, dispatcher, health, inbox, found)
         assert dispatcher.is_running()
 
 

@@ -89,7 +89,7 @@ ALWAYS = (
 
 
 @dataclass
-class Installation:
+class PastInstallation:
     """The rows of a history, and the expected result of a removal."""
 
     url: str
@@ -216,7 +216,7 @@ class Reading:
     missing: list[int]
 
 
-async def _read(engine: AsyncEngine, installation: Installation, reach: timedelta) -> Reading:
+async def _read(engine: AsyncEngine, installation: PastInstallation, reach: timedelta) -> Reading:
     async with snapshot(engine) as connection:
         rows = await connection.execute(
             HISTORY_STATEMENT, {"senders": installation.senders, "reach": reach}
@@ -258,7 +258,7 @@ def runner() -> Iterator[asyncio.Runner]:
 def test_only_old_finished_jobs_are_removed_and_no_reader_notices(
     database_url: str, runner: asyncio.Runner, history: list[PastBatch], hours: int, chunk: int
 ) -> None:
-    installation = Installation(database_url)
+    installation = PastInstallation(database_url)
     installation.write(history)
     age = timedelta(hours=hours, minutes=MINUTES)
 
@@ -303,7 +303,7 @@ async def test_jobs_that_are_retried_during_a_removal_are_not_lost(
 ) -> None:
     monkeypatch.setattr(job_set_rows, "ROWS_AT_ONCE", 7)
     monkeypatch.setattr(job_set_rows, "BLOCK_JOBS", 1)
-    installation = Installation(database_url)
+    installation = PastInstallation(database_url)
     await asyncio.to_thread(installation.write, [OLD_FAILURES])
     (batch_id,) = installation.batches
 
@@ -328,7 +328,7 @@ async def test_jobs_that_are_retried_during_a_removal_are_not_lost(
 
 
 async def test_one_process_removes_at_a_time(database_url: str) -> None:
-    installation = Installation(database_url)
+    installation = PastInstallation(database_url)
     await asyncio.to_thread(installation.write, [OLD_FAILURES])
 
     async def work(engine: AsyncEngine) -> None:
@@ -342,7 +342,7 @@ async def test_one_process_removes_at_a_time(database_url: str) -> None:
 
 
 async def test_the_statements_use_their_indexes(database_url: str) -> None:
-    installation = Installation(database_url)
+    installation = PastInstallation(database_url)
     await asyncio.to_thread(
         installation.write, [OLD_FAILURES, PastBatch(3, OLD_FAILURES.jobs[:1] * 20)]
     )
@@ -364,7 +364,7 @@ async def test_the_statements_use_their_indexes(database_url: str) -> None:
 
 
 async def test_the_stats_service_removes_old_jobs(database_url: str, redis_url: str) -> None:
-    installation = Installation(database_url)
+    installation = PastInstallation(database_url)
     young = PastBatch(3, (PastJob(JobState.SENT, 2, (2,)),))
     await asyncio.to_thread(installation.write, [OLD_FAILURES, young])
     async with stats_server(database_url, redis_url, retention="1d"):
@@ -379,7 +379,7 @@ async def test_the_stats_service_removes_old_jobs(database_url: str, redis_url: 
 async def test_without_retention_the_stats_service_removes_nothing(
     database_url: str, redis_url: str
 ) -> None:
-    installation = Installation(database_url)
+    installation = PastInstallation(database_url)
     await asyncio.to_thread(installation.write, [OLD_FAILURES])
     async with stats_server(database_url, redis_url):
         pass

@@ -12,14 +12,14 @@ import pytest
 from outbox_server.services.dispatcher.smtp import GivenBackError, SmtpPool
 from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
+from tests.clock import Clock
 from tests.eventually import eventually
 from tests.smtp_pools import (
     LIMIT,
-    PoolClock,
     pool_of,
     send,
 )
-from tests.smtp_servers import Conversation, Say, ScriptedServer, Succeed, Wait
+from tests.smtp_servers import CrowdedServer, Say, ScriptedServer, Succeed, Wait
 
 SENT = AttemptOutcome.SENT
 PIPELINING = ("8BITMIME", "PIPELINING")
@@ -35,26 +35,13 @@ async def pool() -> AsyncIterator[SmtpPool]:
 # CONNECTIONS ---------------------------------------------------------------------------------
 
 
-class Crowded(ScriptedServer):
-    """Refuses connections above its limit in the greeting."""
-
-    def __init__(self, most: int, **plan: Any) -> None:
-        super().__init__({"greeting": self._greet, **plan})
-        self.most = most
-        self.refused = 0
-
-    def _greet(self, heard: Conversation) -> Any:
-        del heard
-        if len(self.open) <= self.most:
-            return Succeed()
-        self.refused += 1
-        return Say("421 4.7.0 too many concurrent connections")
+TOO_MANY = Say("421 4.7.0 too many concurrent connections")
 
 
 async def test_connections_drop_to_the_number_that_worked_and_rise_one_by_one() -> None:
-    clock, gate = PoolClock(), asyncio.Event()
+    clock, gate = Clock(), asyncio.Event()
     pool = pool_of(timeout=5.0, clock=clock, size=5, idle=10_000.0, connection_age=10_000.0)
-    async with Crowded(2, mail=(Wait(gate), Succeed())) as server:
+    async with CrowdedServer(2, "greeting", TOO_MANY, mail=(Wait(gate), Succeed())) as server:
         first = [asyncio.create_task(send(pool, server)) for _ in range(2)]
         await eventually(lambda: server.waiting["mail"] == 2)
         result = await send(pool, server)
@@ -80,7 +67,7 @@ async def test_a_refused_first_connection_is_retried_after_a_pause(
 ) -> None:
     monkeypatch.setattr("outbox_server.services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
     pool = pool_of(timeout=5.0)
-    async with Crowded(0) as server:
+    async with CrowdedServer(0, "greeting", TOO_MANY) as server:
         for _ in range(3):
             assert (await send(pool, server)).reply_class is ReplyClass.CONNECTIONS
         server.most = 1
@@ -92,7 +79,7 @@ async def test_a_refused_first_connection_is_retried_after_a_pause(
 
 @pytest.mark.parametrize("ending", ["lease", "cancel"])
 async def test_a_mail_that_no_longer_waits_takes_no_connection_from_others(ending: str) -> None:
-    clock, gate = PoolClock(), asyncio.Event()
+    clock, gate = Clock(), asyncio.Event()
     pool = pool_of(timeout=5.0, size=1, clock=clock)
     async with ScriptedServer({"mail": [(Wait(gate), Succeed())]}) as server:
         first = asyncio.create_task(send(pool, server))

@@ -17,11 +17,11 @@ from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.stream import SmtpStream
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
+from tests.clock import Clock
 from tests.eventually import PATIENCE, eventually
 from tests.smtp_pools import (
     LIMIT,
     MAIL,
-    PoolClock,
     all_closed,
     endpoint_of,
     open_connections,
@@ -103,7 +103,7 @@ async def test_a_server_that_limits_mails_per_connection_gets_all_mails(
 
 
 async def test_a_learned_number_of_mails_is_forgotten_after_an_hour() -> None:
-    clock = PoolClock()
+    clock = Clock()
     pool = pool_of(timeout=5.0, clock=clock, idle=10_000.0, connection_age=10_000.0)
     async with ScriptedServer({"mail": after(2, "421 4.7.0 enough")}) as server:
         await send_many(pool, server, 6)
@@ -119,7 +119,7 @@ async def test_a_learned_number_of_mails_is_forgotten_after_an_hour() -> None:
 
 async def test_a_refusal_after_idling_sets_no_limit_of_mails_per_connection() -> None:
     """The server closed the connection because of its age, not the number of its mails."""
-    clock = PoolClock()
+    clock = Clock()
     pool = pool_of(timeout=5.0, clock=clock)
     plan = {"mail": [Succeed(), Say("421 4.4.2 idle for too long")]}
     async with ScriptedServer(plan) as server:
@@ -354,7 +354,7 @@ async def ended(server: ScriptedServer) -> list[str]:
 
 
 async def test_an_idle_connection_ends_with_quit() -> None:
-    clock = PoolClock()
+    clock = Clock()
     pool = pool_of(timeout=5.0, clock=clock, idle=30.0)
     async with ScriptedServer() as server:
         await send(pool, server)
@@ -374,7 +374,7 @@ async def test_a_connection_ends_with_quit_after_its_mails() -> None:
 
 
 async def test_a_connection_ends_with_quit_at_its_maximum_age() -> None:
-    clock = PoolClock()
+    clock = Clock()
     pool = pool_of(timeout=5.0, clock=clock, connection_age=60.0, idle=1_000.0)
     async with ScriptedServer() as server:
         for seconds in (0, 40, 40):

@@ -12,39 +12,20 @@ import pytest
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
+from tests.clock import Clock
 from tests.eventually import PATIENCE, eventually
 from tests.smtp_pools import LIMIT, all_closed, pool_of, send
-from tests.smtp_servers import Action, Close, Conversation, Say, ScriptedServer, Succeed, Wait
+from tests.smtp_servers import (
+    Action,
+    Close,
+    CrowdedServer,
+    Say,
+    ScriptedServer,
+    Succeed,
+    Wait,
+)
 
 SENT = AttemptOutcome.SENT
-
-
-class Clock:
-    """A clock that the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Crowded(ScriptedServer):
-    """Performs an action in one phase, on every connection above its limit."""
-
-    def __init__(self, most: int, phase: str, action: Action) -> None:
-        super().__init__()
-        self.most = most
-        self.refused = 0
-        self._answer = action
-        self.plan[phase] = self._look
-
-    def _look(self, heard: Conversation) -> Any:
-        del heard
-        if len(self.open) <= self.most:
-            return Succeed()
-        self.refused += 1
-        return self._answer
 
 
 async def send_beside(pool: SmtpPool, server: ScriptedServer) -> Any:
@@ -79,7 +60,7 @@ async def test_a_new_connection_that_fails_while_others_work_exceeds_the_servers
     phase: str, action: Action
 ) -> None:
     pool = pool_of(limits=replace(PhaseLimits.of(5.0), greeting=LIMIT))
-    async with Crowded(1, phase, action) as server:
+    async with CrowdedServer(1, phase, action) as server:
         assert (await send(pool, server)).outcome is SENT
         result = await send_beside(pool, server)
 
@@ -103,7 +84,7 @@ async def test_an_unexplained_refusal_while_other_connections_work_lowers_the_ca
 ) -> None:
     clock = Clock()
     pool = pool_of(timeout=5.0, clock=clock, idle=10_000.0, connection_age=10_000.0)
-    async with Crowded(1, phase, Say(reply)) as server:
+    async with CrowdedServer(1, phase, Say(reply)) as server:
         assert (await send(pool, server)).outcome is SENT
         assert (await send_beside(pool, server)).outcome is not SENT
 
@@ -127,7 +108,7 @@ async def test_a_connection_that_fails_while_no_other_works_is_a_connection_fail
 
 async def test_a_connection_that_fails_beside_an_unused_one_is_a_connection_failure() -> None:
     pool = pool_of()
-    async with Crowded(1, "greeting", Close()) as server:
+    async with CrowdedServer(1, "greeting", Close()) as server:
         result = await send_beside(pool, server)
 
         assert result.outcome is AttemptOutcome.CONNECTION_FAILURE

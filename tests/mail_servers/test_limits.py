@@ -20,7 +20,7 @@ from tests.mail_servers.server import UNKNOWN, MailServer
 
 
 @dataclass(frozen=True)
-class Limit:
+class ServerLimit:
     """A limit of one server, and the text in its log that shows that the limit was reached."""
 
     make: Callable[[Path, Authority], MailServer]
@@ -51,59 +51,61 @@ _EXIM_RATE = """\
     ratelimit = 3 / 2s / $authenticated_id
 """
 _LIMITS = {
-    "postfix-connections": Limit(
+    "postfix-connections": ServerLimit(
         _postfix("smtpd_client_connection_count_limit = 1"),
         "Connection concurrency limit exceeded",
     ),
-    "postfix-connection-rate": Limit(
+    "postfix-connection-rate": ServerLimit(
         _postfix("smtpd_client_connection_rate_limit = 1"),
         "Connection rate limit exceeded",
         mails_per_connection=5,
     ),
-    "postfix-message-rate": Limit(
+    "postfix-message-rate": ServerLimit(
         _postfix("smtpd_client_message_rate_limit = 3"), "Message delivery request rate limit"
     ),
-    "postfix-recipient-rate": Limit(
+    "postfix-recipient-rate": ServerLimit(
         _postfix("smtpd_client_recipient_rate_limit = 3"), "Recipient address rate limit exceeded"
     ),
-    "postfix-auth-rate": Limit(
+    "postfix-auth-rate": ServerLimit(
         _postfix("smtpd_client_auth_rate_limit = 1"),
         "AUTH command rate limit exceeded",
         mails_per_connection=5,
     ),
-    "postfix-tls-rate": Limit(
+    "postfix-tls-rate": ServerLimit(
         _postfix("smtpd_client_new_tls_session_rate_limit = 1"),
         "New TLS session rate limit exceeded",
         mails_per_connection=5,
     ),
-    "exim-mails-per-connection": Limit(
+    "exim-mails-per-connection": ServerLimit(
         _exim("smtp_accept_max_per_connection = 1"), "too many messages"
     ),
-    "exim-connections-per-host": Limit(
+    "exim-connections-per-host": ServerLimit(
         _exim("smtp_accept_max_per_host = 1"), "too many connections"
     ),
-    "exim-connections": Limit(_exim("smtp_accept_max = 1"), "too many connections"),
-    "exim-rate": Limit(_exim(mail=_EXIM_RATE), "ratelimit"),
-    "opensmtpd-mails-per-connection": Limit(
+    "exim-connections": ServerLimit(_exim("smtp_accept_max = 1"), "too many connections"),
+    "exim-rate": ServerLimit(_exim(mail=_EXIM_RATE), "ratelimit"),
+    "opensmtpd-mails-per-connection": ServerLimit(
         _opensmtpd("smtp limit max-mails 1"), "Too many messages sent"
     ),
 }
 
 
 @pytest.fixture(params=list(_LIMITS.values()), ids=list(_LIMITS))
-def limit(request: pytest.FixtureRequest) -> Limit:
-    chosen: Limit = request.param
+def limit(request: pytest.FixtureRequest) -> ServerLimit:
+    chosen: ServerLimit = request.param
     return chosen
 
 
 @pytest.fixture
-async def server(limit: Limit, authority: Authority, tmp_path: Path) -> AsyncIterator[MailServer]:
+async def server(
+    limit: ServerLimit, authority: Authority, tmp_path: Path
+) -> AsyncIterator[MailServer]:
     async with limit.make(tmp_path / "server", authority) as running:
         yield running
 
 
 async def test_no_mail_fails_at_a_limit_of_the_server(
-    configure: Configure, limit: Limit, server: MailServer
+    configure: Configure, limit: ServerLimit, server: MailServer
 ) -> None:
     values = configure(smtp_mails_per_connection=limit.mails_per_connection)
     async with sending(server, values) as run:

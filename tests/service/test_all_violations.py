@@ -161,7 +161,7 @@ def filled(kind: Descriptor, ids: Mapping[str, str], path: str = "") -> Message:
 
 
 @dataclass(frozen=True)
-class Servers:
+class CheckedServers:
     """The channels of all services, by service."""
 
     channels: dict[str, grpc.aio.Channel]
@@ -222,7 +222,7 @@ def _named(error: grpc.aio.AioRpcError, call: str) -> set[str]:
 
 
 @pytest.fixture
-async def servers(database_url: str, redis_url: str) -> AsyncIterator[Servers]:
+async def servers(database_url: str, redis_url: str) -> AsyncIterator[CheckedServers]:
     settings: dict[str, Any] = {"encryption_keys": generate_key(), "user_webhooks": 1_000}
     async with AsyncExitStack() as stack:
         scheduler = await stack.enter_async_context(
@@ -235,10 +235,10 @@ async def servers(database_url: str, redis_url: str) -> AsyncIterator[Servers]:
         values = options(database_url, redis_url, NO_RELAY, min_gap="2s")
         dispatcher = await stack.enter_async_context(running(settings_of(values)))
         channels["outbox.v1.DispatcherService"] = dispatcher.channel
-        yield Servers(channels, scheduler)
+        yield CheckedServers(channels, scheduler)
 
 
-async def test_every_method_names_all_wrong_fields_at_once(servers: Servers) -> None:
+async def test_every_method_names_all_wrong_fields_at_once(servers: CheckedServers) -> None:
     tested = [method for method in contract_methods() if len(_wrong_of(method)) > 1]
     at_once = asyncio.Semaphore(4)
     shared = await servers.ids()
@@ -253,7 +253,7 @@ async def test_every_method_names_all_wrong_fields_at_once(servers: Servers) -> 
     assert sum(task.result() for task in tasks) > 300
 
 
-async def _check(servers: Servers, method: MethodDescriptor, ids: Mapping[str, str]) -> int:
+async def _check(servers: CheckedServers, method: MethodDescriptor, ids: Mapping[str, str]) -> int:
     """Check that no field is named for a wrong value only when nothing else is wrong."""
     every = _wrong_of(method)
 

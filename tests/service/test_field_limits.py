@@ -25,7 +25,7 @@ MOST_BYTES: Final = 5 * 1024 * 1024 - 1_000
 
 
 @dataclass(frozen=True)
-class Place:
+class LimitedField:
     """A field of a request, by the fields that lead to it, with its limit."""
 
     method: MethodDescriptor
@@ -50,22 +50,22 @@ class Place:
         return ".".join(names)
 
 
-def places() -> Iterator[Place]:
+def places() -> Iterator[LimitedField]:
     for method in contract_methods():
         yield from _places(method, method.input_type, ())
 
 
 def _places(
     method: MethodDescriptor, kind: Descriptor, before: tuple[FieldDescriptor, ...]
-) -> Iterator[Place]:
+) -> Iterator[LimitedField]:
     for field in kind.fields:
         assert field not in before, "a request that contains itself needs a limit of its depth"
         fields = (*before, field)
         limit = limit_of(field)
         if limit is not None:
-            yield Place(method, fields, limit)
+            yield LimitedField(method, fields, limit)
             if limit.each is not None:
-                yield Place(method, fields, limit.each, each=True)
+                yield LimitedField(method, fields, limit.each, each=True)
         if field.message_type is not None:
             yield from _places(method, field.message_type, fields)
 
@@ -100,7 +100,7 @@ def _too_much(field: FieldDescriptor, limit: FieldLimit) -> Any:
     return "a" * (limit.most + 1)
 
 
-def _fill(message: Message, place: Place, fields: tuple[FieldDescriptor, ...]) -> None:
+def _fill(message: Message, place: LimitedField, fields: tuple[FieldDescriptor, ...]) -> None:
     """Put one entry more, or one character more, than the limit into the field."""
     field, rest = fields[0], fields[1:]
     here = getattr(message, field.name)
@@ -120,7 +120,7 @@ def _fill(message: Message, place: Place, fields: tuple[FieldDescriptor, ...]) -
         setattr(message, field.name, _too_much(field, place.limit))
 
 
-def _fill_map(here: Any, place: Place, rest: tuple[FieldDescriptor, ...]) -> None:
+def _fill_map(here: Any, place: LimitedField, rest: tuple[FieldDescriptor, ...]) -> None:
     if not rest:
         here.update({str(number): "x" for number in range(place.limit.most + 1)})
     elif rest[0].name == "key":
@@ -135,14 +135,14 @@ def _is_map(field: FieldDescriptor) -> bool:
 
 
 @dataclass(frozen=True)
-class Servers:
+class LimitedServers:
     """The channels of all services, by service, and a valid sender."""
 
     channels: dict[str, grpc.aio.Channel]
     scheduler: Scheduler
     sender: Any
 
-    def message(self, place: Place) -> Message:
+    def message(self, place: LimitedField) -> Message:
         message = message_factory.GetMessageClass(place.method.input_type)()
         if place.limit.by_row:
             # All but the row is right, so that the row is read.
@@ -157,7 +157,7 @@ class Servers:
         _fill(message, place, place.fields)
         return message
 
-    async def refusal(self, place: Place) -> Refusal:
+    async def refusal(self, place: LimitedField) -> Refusal:
         method = place.method
         service = method.containing_service.full_name
         channel: Any = self.channels[service]
@@ -178,23 +178,23 @@ class Servers:
 
 
 @pytest.fixture
-async def servers(database_url: str, redis_url: str) -> AsyncIterator[Servers]:
+async def servers(database_url: str, redis_url: str) -> AsyncIterator[LimitedServers]:
     async with AsyncExitStack() as stack:
         scheduler = await stack.enter_async_context(running_scheduler(database_url, redis_url))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler.address))
         stats = await stack.enter_async_context(stats_server(database_url, redis_url))
         channels = {method.containing_service.full_name: channel for method in contract_methods()}
         channels["outbox.v1.StatsService"] = stats
-        yield Servers(channels, scheduler, await scheduler.sender())
+        yield LimitedServers(channels, scheduler, await scheduler.sender())
 
 
-def can_arrive(place: Place) -> bool:
+def can_arrive(place: LimitedField) -> bool:
     """Return whether a value over the limit fits into a message."""
     entry = 2 if place.limit.unit is LimitUnit.ENTRIES else 1
     return place.limit.most * entry < MOST_BYTES
 
 
-async def test_every_method_refuses_values_above_their_limits(servers: Servers) -> None:
+async def test_every_method_refuses_values_above_their_limits(servers: LimitedServers) -> None:
     tested = [
         place
         for place in places()
@@ -202,7 +202,7 @@ async def test_every_method_refuses_values_above_their_limits(servers: Servers) 
     ]
     at_once = asyncio.Semaphore(8)
 
-    async def check(place: Place) -> None:
+    async def check(place: LimitedField) -> None:
         async with at_once:
             refusal = await servers.refusal(place)
         about = (str(place), refusal)

@@ -29,7 +29,7 @@ from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 
 @dataclass
-class Stack:
+class ForecastStack:
     """A scheduler and a stats service over one database."""
 
     scheduler: Scheduler
@@ -48,7 +48,9 @@ class Stack:
         return await self.forecast(planned_batch=planned)
 
 
-async def start(stack: AsyncExitStack, database_url: str, redis_url: str, **settings: Any) -> Stack:
+async def start(
+    stack: AsyncExitStack, database_url: str, redis_url: str, **settings: Any
+) -> ForecastStack:
     scheduler = await stack.enter_async_context(
         running_scheduler(database_url, redis_url, stats_listen="127.0.0.1:0", **settings)
     )
@@ -63,11 +65,11 @@ async def start(stack: AsyncExitStack, database_url: str, redis_url: str, **sett
     stack.push_async_callback(end)
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{await port}")
     stack.push_async_callback(channel.close)
-    return Stack(scheduler, stats_service_pb2_grpc.StatsServiceStub(channel))
+    return ForecastStack(scheduler, stats_service_pb2_grpc.StatsServiceStub(channel))
 
 
 @pytest_asyncio.fixture
-async def stack(database_url: str, redis_url: str) -> AsyncIterator[Stack]:
+async def stack(database_url: str, redis_url: str) -> AsyncIterator[ForecastStack]:
     async with AsyncExitStack() as exits:
         yield await start(exits, database_url, redis_url)
 
@@ -82,7 +84,7 @@ def since(time: Any, batch: batch_pb2.Batch) -> float:
     return float(took.total_seconds())
 
 
-async def test_a_batch_is_forecast_by_the_gap_and_by_the_window(stack: Stack) -> None:
+async def test_a_batch_is_forecast_by_the_gap_and_by_the_window(stack: ForecastStack) -> None:
     fast = await stack.scheduler.sender(hourly_limit=5_000)
     batch = (await stack.scheduler.schedule(fast, csv_of(31))).batch
     found = await stack.forecast(batch_id=batch.batch_id)
@@ -99,7 +101,7 @@ async def test_a_batch_is_forecast_by_the_gap_and_by_the_window(stack: Stack) ->
     assert since(found.end_time, batch) == pytest.approx(3 * 3_600, abs=5)
 
 
-async def test_a_forecast_of_held_mail_says_that_it_is_held(stack: Stack) -> None:
+async def test_a_forecast_of_held_mail_says_that_it_is_held(stack: ForecastStack) -> None:
     scheduler = stack.scheduler
     sender, other = await scheduler.sender(), await scheduler.sender()
     batches = [(await scheduler.schedule(sender)).batch.batch_id for _ in range(2)]
@@ -132,7 +134,7 @@ async def test_a_forecast_of_held_mail_says_that_it_is_held(stack: Stack) -> Non
     assert not (await stack.plan(other, 10)).held
 
 
-async def test_only_mail_that_is_due_earlier_counts_in_a_forecast(stack: Stack) -> None:
+async def test_only_mail_that_is_due_earlier_counts_in_a_forecast(stack: ForecastStack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=5_000)
     await stack.scheduler.schedule(sender, csv_of(10))
     later = to_timestamp(datetime.now(UTC) + timedelta(hours=1))
@@ -145,7 +147,7 @@ async def test_only_mail_that_is_due_earlier_counts_in_a_forecast(stack: Stack) 
     assert since(found.end_time, batch) == pytest.approx(3_608, abs=5)
 
 
-async def test_a_planned_batch_has_the_same_forecast_as_the_real_one(stack: Stack) -> None:
+async def test_a_planned_batch_has_the_same_forecast_as_the_real_one(stack: ForecastStack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=100)
     await stack.scheduler.schedule(sender, csv_of(50))
     begin = to_timestamp(datetime.now(UTC) + timedelta(minutes=5))
@@ -166,7 +168,7 @@ async def test_a_planned_batch_has_the_same_forecast_as_the_real_one(stack: Stac
         assert real.binding_limit == planned.binding_limit
 
 
-async def test_a_spread_batch_ends_on_time_and_late_mail_expires(stack: Stack) -> None:
+async def test_a_spread_batch_ends_on_time_and_late_mail_expires(stack: ForecastStack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=100)
     until = datetime.now(UTC) + timedelta(hours=1)
     found = await stack.plan(sender, 61, spread_until=to_timestamp(until))
@@ -177,7 +179,7 @@ async def test_a_spread_batch_ends_on_time_and_late_mail_expires(stack: Stack) -
     assert "50 expire" in found.explanation
 
 
-async def test_a_forecast_keeps_the_expiry_of_a_retried_job(stack: Stack) -> None:
+async def test_a_forecast_keeps_the_expiry_of_a_retried_job(stack: ForecastStack) -> None:
     sender = await stack.scheduler.sender()
     in_time = to_duration(timedelta(seconds=100))
     batch = (await stack.scheduler.schedule(sender, csv_of(3), expire_after=in_time)).batch
@@ -194,7 +196,7 @@ async def test_a_forecast_keeps_the_expiry_of_a_retried_job(stack: Stack) -> Non
     assert since(found.end_time, batch) == pytest.approx(50, abs=5)
 
 
-async def test_many_waiting_jobs_are_forecast_by_their_batches(stack: Stack) -> None:
+async def test_many_waiting_jobs_are_forecast_by_their_batches(stack: ForecastStack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=1_000)
     first = (await stack.scheduler.schedule(sender, csv_of(15_000))).batch
     second = (
@@ -212,7 +214,7 @@ async def test_many_waiting_jobs_are_forecast_by_their_batches(stack: Stack) -> 
 
 
 async def test_a_paused_sender_has_no_forecast_end_and_the_answer_has_the_reason(
-    stack: Stack,
+    stack: ForecastStack,
 ) -> None:
     sender = await stack.scheduler.sender()
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
@@ -222,7 +224,9 @@ async def test_a_paused_sender_has_no_forecast_end_and_the_answer_has_the_reason
     assert "paused" in found.explanation
 
 
-async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(stack: Stack) -> None:
+async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(
+    stack: ForecastStack,
+) -> None:
     sender = await stack.scheduler.sender()
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
     execute = stack.scheduler.execute
@@ -253,7 +257,9 @@ async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(stack: St
     assert since(found.end_time, batch) == pytest.approx(4, abs=8)
 
 
-async def test_mail_that_expires_during_a_cooldown_is_forecast_to_expire(stack: Stack) -> None:
+async def test_mail_that_expires_during_a_cooldown_is_forecast_to_expire(
+    stack: ForecastStack,
+) -> None:
     sender = await stack.scheduler.sender()
     cooldowns.begin(stack.scheduler.execute, sender.sender_id, probe_in=timedelta(hours=1))
     found = await stack.plan(sender, 5, expire_after=to_duration(timedelta(minutes=30)))
@@ -263,7 +269,7 @@ async def test_mail_that_expires_during_a_cooldown_is_forecast_to_expire(stack: 
 
 
 async def test_a_forecast_shows_that_the_last_attempt_failed_to_reach_the_endpoint(
-    stack: Stack,
+    stack: ForecastStack,
 ) -> None:
     sender = await stack.scheduler.sender()
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
@@ -301,7 +307,7 @@ def add_attempt(
     )
 
 
-async def test_an_invalid_forecast_request_is_refused(stack: Stack) -> None:
+async def test_an_invalid_forecast_request_is_refused(stack: ForecastStack) -> None:
     sender = await stack.scheduler.sender(user_id="ann")
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
     for request, reason in (
@@ -328,7 +334,7 @@ async def test_an_invalid_forecast_request_is_refused(stack: Stack) -> None:
     assert (await refusal_of(stack.plan(other, 1))).reason == "SENDER_NOT_FOUND"
 
 
-async def test_a_forecast_respects_the_sending_hours(stack: Stack) -> None:
+async def test_a_forecast_respects_the_sending_hours(stack: ForecastStack) -> None:
     zone = ZoneInfo("Europe/Berlin")
     # The hours are over for today; they open again tomorrow, for an hour.
     opens = datetime.now(zone) - timedelta(hours=2)
@@ -354,7 +360,7 @@ async def test_a_forecast_respects_the_sending_hours(stack: Stack) -> None:
 
 
 async def test_a_forecast_that_takes_too_long_to_compute_is_an_estimate_that_says_so(
-    stack: Stack,
+    stack: ForecastStack,
 ) -> None:
     hours = sender_pb2.SendingHours(start="00:00", end="23:59", time_zone="UTC")
     sender = await stack.scheduler.sender(hourly_limit=100, sending_hours=hours)

@@ -25,7 +25,7 @@ from outbox_server.deploy.embedded.inbox import Inbox
 from tests import dispatchers
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler
-from tests.service.test_forecast import Stack, csv_of, start
+from tests.service.test_forecast import ForecastStack, csv_of, start
 
 GAP = timedelta(milliseconds=600)
 WINDOW = timedelta(seconds=3)
@@ -36,7 +36,7 @@ SEED = 2868
 
 
 @pytest.fixture
-async def stack(database_url: str, redis_url: str, tmp_path: Path) -> AsyncIterator[Stack]:
+async def stack(database_url: str, redis_url: str, tmp_path: Path) -> AsyncIterator[ForecastStack]:
     """A scheduler, a stats service and a dispatcher."""
     async with AsyncExitStack() as exits:
         inbox = await exits.enter_async_context(Inbox(tmp_path / "inbox"))
@@ -50,7 +50,7 @@ async def stack(database_url: str, redis_url: str, tmp_path: Path) -> AsyncItera
 
 
 @dataclass
-class Load:
+class RandomBatches:
     """Random batches, and what is known of them."""
 
     scheduler: Scheduler
@@ -134,7 +134,7 @@ def sent(scheduler: Scheduler) -> int:
     return int(scheduler.value("SELECT count(*) FROM email_jobs WHERE state = 3"))
 
 
-async def test_the_forecast_end_is_within_one_gap_of_the_real_one(stack: Stack) -> None:
+async def test_the_forecast_end_is_within_one_gap_of_the_real_one(stack: ForecastStack) -> None:
     chance = random.Random(SEED)
     senders = [await stack.scheduler.sender(hourly_limit=chance.randrange(2, 7)) for _ in range(14)]
     began = time.monotonic()
@@ -145,7 +145,9 @@ async def test_the_forecast_end_is_within_one_gap_of_the_real_one(stack: Stack) 
     learnt = LEARNT * len(senders)
     await eventually(lambda: sent(stack.scheduler) == learnt)
     # The forecasts are made before anything is due. They and their batches are 50 calls more.
-    load = Load(stack.scheduler, chance, datetime.now(UTC) + timedelta(seconds=1) + 4 * took)
+    load = RandomBatches(
+        stack.scheduler, chance, datetime.now(UTC) + timedelta(seconds=1) + 4 * took
+    )
 
     # The sends of these fall on a grid of gaps, and what ends falls between two of them. What is
     # left over when they close expires before they open again, a day later.

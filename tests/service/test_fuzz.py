@@ -92,7 +92,7 @@ def methods(*services: str) -> Iterator[MethodDescriptor]:
 
 
 @dataclass(frozen=True)
-class Call:
+class RepeatableCall:
     """One call that can be repeated: its encoded messages, possibly none."""
 
     method: MethodDescriptor
@@ -284,25 +284,25 @@ def _without_answer(names: set[str], codes: Counter[tuple[str, str]]) -> set[str
     return names - {name for name, code in codes if code in ("OK", "UNIMPLEMENTED")}
 
 
-def _call(method: MethodDescriptor, requests: Requests) -> Call:
+def _call(method: MethodDescriptor, requests: Requests) -> RepeatableCall:
     made = [requests.message(method.input_type)]
     if method.client_streaming:
         made = requests.upload(method.input_type)
     encoded = [each.SerializeToString() for each in made]
     if requests.number(19) == 0:
         encoded = [requests.damage(each) for each in encoded]
-    return Call(method, tuple(encoded))
+    return RepeatableCall(method, tuple(encoded))
 
 
 async def _make(
-    group: list[tuple[Call, grpc.aio.Channel]],
+    group: list[tuple[RepeatableCall, grpc.aio.Channel]],
     codes: Counter[tuple[str, str]],
     complaints: dict[str, str],
-) -> list[tuple[Call, grpc.aio.Channel]]:
+) -> list[tuple[RepeatableCall, grpc.aio.Channel]]:
     places = asyncio.Semaphore(AT_ONCE)
     refused = []
 
-    async def make(call: Call, channel: grpc.aio.Channel) -> None:
+    async def make(call: RepeatableCall, channel: grpc.aio.Channel) -> None:
         async with places:
             error = await call.make(channel)
         complaint = error and complaint_of(error)

@@ -20,7 +20,7 @@ from tests.contract_methods import contract_methods
 from tests.eventually import PATIENCE
 from tests.hostile_shapes import harmless_texts, hostile_texts
 from tests.scheduler_stack import Scheduler, options_for, running_scheduler
-from tests.service.test_field_limits import Place, places
+from tests.service.test_field_limits import LimitedField, places
 from tests.stats_stack import stats_server
 
 # A quadratic parser needs seconds for so much, and a linear one milliseconds.
@@ -36,14 +36,14 @@ FLOOR_S: Final = 0.1
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackedServers:
     """The servers, in this process, and values that make a request valid but for one field."""
 
     channels: dict[str, grpc.aio.Channel]
     scheduler: Scheduler
     sender: Any
 
-    def request(self, place: Place, text: str) -> list[bytes]:
+    def request(self, place: LimitedField, text: str) -> list[bytes]:
         """Return the messages of a request that has `text` in one place."""
         kind = message_factory.GetMessageClass(place.method.input_type)
         message = kind()
@@ -67,7 +67,7 @@ class Target:
         put(message, place.fields, text)
         return [opening.SerializeToString(), message.SerializeToString()]
 
-    async def seconds(self, place: Place, text: str) -> float:
+    async def seconds(self, place: LimitedField, text: str) -> float:
         """Return the time on the CPU that a call takes this process, whose loop stands meanwhile.
 
         Other processes of a busy machine do not add to it.
@@ -117,7 +117,7 @@ def put(message: Any, fields: tuple[FieldDescriptor, ...], text: str) -> None:
         setattr(message, field.name, value)
 
 
-def texts() -> Iterator[tuple[Place, int]]:
+def texts() -> Iterator[tuple[LimitedField, int]]:
     """Yield each place of a text, with the size that its limit lets through."""
     for place in places():
         field = place.fields[-1]
@@ -134,14 +134,14 @@ def texts() -> Iterator[tuple[Place, int]]:
 
 
 @pytest.fixture
-async def target(database_url: str, redis_url: str) -> AsyncIterator[Target]:
+async def target(database_url: str, redis_url: str) -> AsyncIterator[AttackedServers]:
     async with AsyncExitStack() as stack:
         scheduler = await stack.enter_async_context(running_scheduler(database_url, redis_url))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler.address))
         stats = await stack.enter_async_context(stats_server(database_url, redis_url))
         channels = {method.containing_service.full_name: channel for method in contract_methods()}
         channels["outbox.v1.StatsService"] = stats
-        yield Target(channels, scheduler, await scheduler.sender())
+        yield AttackedServers(channels, scheduler, await scheduler.sender())
 
 
 # The texts that are parsed get many shapes, the others one: other ones in each run.
@@ -149,7 +149,7 @@ PARSED: Final = frozenset(("subject", "body", "html", "csv", "email", "key", "va
 PARSED_SHAPES: Final = 6
 
 
-async def test_no_text_in_any_field_stalls_a_service(target: Target) -> None:
+async def test_no_text_in_any_field_stalls_a_service(target: AttackedServers) -> None:
     chance = random.Random()
     slow: list[str] = []
     seen: set[tuple[str, str]] = set()

@@ -41,7 +41,7 @@ REFUSED = Say("550 5.1.1 <x@b.org>: Recipient address rejected: User unknown")
 
 
 @dataclass
-class Installation:
+class MeasuredInstallation:
     """All three services in this process, with their metrics."""
 
     scheduler: Scheduler
@@ -64,7 +64,7 @@ class Installation:
 
 
 @pytest.fixture
-async def installation(database_url: str, redis_url: str) -> AsyncIterator[Installation]:
+async def installation(database_url: str, redis_url: str) -> AsyncIterator[MeasuredInstallation]:
     addresses = {name: f"127.0.0.1:{free_port()}" for name in ("scheduler", "dispatcher", "stats")}
     async with AsyncExitStack() as stack:
         smtp = await stack.enter_async_context(ScriptedServer())
@@ -80,10 +80,10 @@ async def installation(database_url: str, redis_url: str) -> AsyncIterator[Insta
         await stack.enter_async_context(
             stats_server(database_url, redis_url, metrics_listen=addresses["stats"])
         )
-        yield Installation(scheduler, smtp, addresses)
+        yield MeasuredInstallation(scheduler, smtp, addresses)
 
 
-def dispatching(installation: Installation, **changes: Any) -> Any:
+def dispatching(installation: MeasuredInstallation, **changes: Any) -> Any:
     settings = installation.scheduler.settings
     values = dispatchers.options(
         settings.database_url,
@@ -100,7 +100,7 @@ def ended(found: Scrape) -> float:
 
 
 async def test_the_metrics_equal_the_counts_of_the_mail_server(
-    installation: Installation,
+    installation: MeasuredInstallation,
 ) -> None:
     it, smtp = installation.scheduler, installation.smtp
     # Of five mails, one is deferred once, and one is refused permanently.
@@ -178,7 +178,7 @@ async def test_the_metrics_equal_the_counts_of_the_mail_server(
 
 
 async def test_a_limit_that_makes_a_job_wait_is_counted_as_its_cause(
-    installation: Installation,
+    installation: MeasuredInstallation,
 ) -> None:
     it, smtp = installation.scheduler, installation.smtp
     sender = await it.sender(min_gap={"nanos": 200_000_000}, hourly_limit=1000)
@@ -191,7 +191,7 @@ async def test_a_limit_that_makes_a_job_wait_is_counted_as_its_cause(
 
 
 async def test_cooldowns_and_circuits_are_counted_with_their_causes(
-    installation: Installation,
+    installation: MeasuredInstallation,
 ) -> None:
     it, smtp = installation.scheduler, installation.smtp
     smtp.plan["mail"] = [QUOTA]
@@ -220,7 +220,7 @@ async def test_cooldowns_and_circuits_are_counted_with_their_causes(
     assert found.value("outbox_endpoint_seconds_count", route="own") >= 3
 
 
-async def test_a_hold_is_shown_until_it_ends(installation: Installation) -> None:
+async def test_a_hold_is_shown_until_it_ends(installation: MeasuredInstallation) -> None:
     it = installation.scheduler
     await it.schedule(await it.sender())
     await it.holds.BeginHold(BeginHoldRequest())
@@ -231,7 +231,9 @@ async def test_a_hold_is_shown_until_it_ends(installation: Installation) -> None
         await installation.once("dispatcher", lambda found: found.value("outbox_held") == 0)
 
 
-async def test_a_lost_redis_is_counted_as_a_rebuild(installation: Installation, redis: Any) -> None:
+async def test_a_lost_redis_is_counted_as_a_rebuild(
+    installation: MeasuredInstallation, redis: Any
+) -> None:
     it = installation.scheduler
     await it.schedule(
         await it.sender(hourly_limit=1000), "email\na@b.org\n", schedule_time=_later()
@@ -257,7 +259,7 @@ def _later() -> Any:
 
 
 async def test_calls_and_errors_are_counted_by_method_and_code(
-    installation: Installation,
+    installation: MeasuredInstallation,
 ) -> None:
     it = installation.scheduler
     await refusal_of(it.schedule(await it.sender(), subject="{{ broken"))

@@ -41,7 +41,7 @@ from tests.world import World
 
 
 @dataclass
-class Stack:
+class PausingStack:
     """A scheduler, and what it takes to run a dispatcher."""
 
     scheduler: Scheduler
@@ -81,7 +81,7 @@ class Stack:
 @pytest_asyncio.fixture
 async def stack(
     database_url: str, redis_url: str, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Stack]:
+) -> AsyncIterator[PausingStack]:
     # The dispatcher acts only on computed times and on wake-ups.
     monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(hours=1))
     values = options(database_url, redis_url, inbox.url)
@@ -89,7 +89,7 @@ async def stack(
         running_scheduler(database_url, redis_url, min_gap="0") as scheduler,
         World(settings_of(values)) as world,
     ):
-        yield Stack(scheduler, values, inbox, world)
+        yield PausingStack(scheduler, values, inbox, world)
 
 
 def soon(**delta: float) -> Timestamp:
@@ -103,7 +103,9 @@ def time_of(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(tzinfo=UTC)
 
 
-async def test_a_paused_batch_waits_and_the_other_mail_of_its_sender_is_sent(stack: Stack) -> None:
+async def test_a_paused_batch_waits_and_the_other_mail_of_its_sender_is_sent(
+    stack: PausingStack,
+) -> None:
     sender = await stack.scheduler.sender(min_gap=None)
     paused = await stack.batch(sender, "a1", "a2")
     answer = await stack.pause(paused, reason="a typo", identity="ann")
@@ -140,7 +142,7 @@ async def test_a_paused_batch_waits_and_the_other_mail_of_its_sender_is_sent(sta
     assert (pause.before["paused"], pause.after["paused"]) == (False, True)
 
 
-async def test_only_sends_in_flight_complete_after_a_pause(stack: Stack) -> None:
+async def test_only_sends_in_flight_complete_after_a_pause(stack: PausingStack) -> None:
     body = asyncio.Event()
     async with ScriptedServer({"body": (Wait(body), Succeed())}) as server:
         values = {**stack.values, "smtp_url": server.url, "dispatcher_concurrency": "2"}
@@ -164,7 +166,9 @@ async def test_only_sends_in_flight_complete_after_a_pause(stack: Stack) -> None
     await stack.world.check_counts()
 
 
-async def test_a_pause_until_a_time_ends_by_itself_also_after_a_flushall(stack: Stack) -> None:
+async def test_a_pause_until_a_time_ends_by_itself_also_after_a_flushall(
+    stack: PausingStack,
+) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1")
     later = await stack.batch(sender, "b1", schedule_time=soon(hours=5))
@@ -181,7 +185,7 @@ async def test_a_pause_until_a_time_ends_by_itself_also_after_a_flushall(stack: 
     assert (await stack.get(later)).counts.scheduled_count == 1
 
 
-async def test_nothing_is_sent_before_the_end_of_a_pause(stack: Stack) -> None:
+async def test_nothing_is_sent_before_the_end_of_a_pause(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(milliseconds=400))
     end = soon(hours=1)
@@ -200,7 +204,7 @@ async def test_nothing_is_sent_before_the_end_of_a_pause(stack: Stack) -> None:
     assert (await stack.get(batch)).state == batch_pb2.BATCH_STATE_DONE
 
 
-async def test_a_sender_is_paused_until_a_time(stack: Stack) -> None:
+async def test_a_sender_is_paused_until_a_time(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(milliseconds=300))
     end = soon(hours=1)
@@ -230,7 +234,7 @@ async def test_a_sender_is_paused_until_a_time(stack: Stack) -> None:
     assert [one.sender_id for one in page.senders] == [sender.sender_id]
 
 
-async def test_a_resume_ends_the_pause_of_a_sender_before_its_time(stack: Stack) -> None:
+async def test_a_resume_ends_the_pause_of_a_sender_before_its_time(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     pause = PauseSenderRequest(sender_id=sender.sender_id, pause_end_time=soon(hours=1))
     await stack.scheduler.senders.PauseSender(pause)
@@ -243,7 +247,7 @@ async def test_a_resume_ends_the_pause_of_a_sender_before_its_time(stack: Stack)
         await eventually(lambda: len(stack.sent()) == 1)
 
 
-async def test_a_paused_batch_can_be_cancelled_and_its_jobs_expire(stack: Stack) -> None:
+async def test_a_paused_batch_can_be_cancelled_and_its_jobs_expire(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", "a2")
     await stack.pause(batch)
@@ -267,7 +271,9 @@ async def test_a_paused_batch_can_be_cancelled_and_its_jobs_expire(stack: Stack)
 
 
 @pytest.mark.parametrize("delta", [timedelta(seconds=-5), timedelta(days=367)])
-async def test_a_pause_ends_in_the_future_and_within_a_year(stack: Stack, delta: timedelta) -> None:
+async def test_a_pause_ends_in_the_future_and_within_a_year(
+    stack: PausingStack, delta: timedelta
+) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(hours=1))
     until = soon(seconds=delta.total_seconds())
@@ -282,7 +288,7 @@ async def test_a_pause_ends_in_the_future_and_within_a_year(stack: Stack, delta:
     assert (await stack.get(batch)).state == batch_pb2.BATCH_STATE_ACTIVE
 
 
-async def test_pauses_resumes_and_a_cancel_at_once_leave_one_result(stack: Stack) -> None:
+async def test_pauses_resumes_and_a_cancel_at_once_leave_one_result(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, *(f"a{number}" for number in range(50)))
     async with running(settings_of(stack.values)):
@@ -306,7 +312,7 @@ async def test_pauses_resumes_and_a_cancel_at_once_leave_one_result(stack: Stack
     await stack.world.check_counts()
 
 
-async def test_a_watch_shows_a_pause_and_its_end(stack: Stack) -> None:
+async def test_a_watch_shows_a_pause_and_its_end(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(hours=1))
     states = []
@@ -326,7 +332,7 @@ async def test_a_watch_shows_a_pause_and_its_end(stack: Stack) -> None:
     assert states == [active, paused, active]
 
 
-async def test_etags_request_ids_and_repeated_calls(stack: Stack) -> None:
+async def test_etags_request_ids_and_repeated_calls(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(hours=1))
     paused = await stack.pause(batch, request_id="once", etag=(await stack.get(batch)).etag)
@@ -338,7 +344,7 @@ async def test_etags_request_ids_and_repeated_calls(stack: Stack) -> None:
     assert (await stack.resume(batch)).state == batch_pb2.BATCH_STATE_ACTIVE
 
 
-async def test_a_sender_has_a_limited_number_of_paused_batches(stack: Stack) -> None:
+async def test_a_sender_has_a_limited_number_of_paused_batches(stack: PausingStack) -> None:
     sender = await stack.scheduler.sender()
     batch = await stack.batch(sender, "a1", schedule_time=soon(hours=1))
     stack.scheduler.execute(

@@ -11,20 +11,20 @@ import pytest_asyncio
 from outbox.v1 import stats_service_pb2 as proto
 
 from outbox_server.cli.options import to_timestamp
-from tests.service.test_stats import Stats, fails, running
+from tests.service.test_stats import StatsServer, fails, running
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 SENT, DOUBT = 1, 5
 
 
 @pytest_asyncio.fixture
-async def stats(database_url: str) -> AsyncIterator[Stats]:
+async def stats(database_url: str) -> AsyncIterator[StatsServer]:
     async with running(database_url) as server:
         yield server
 
 
 async def send(
-    stats: Stats, sender: int, job: int, at_s: float, took_s: float = 1, **more: int
+    stats: StatsServer, sender: int, job: int, at_s: float, took_s: float = 1, **more: int
 ) -> None:
     """Record a send that began `at_s` seconds after NOW."""
     start = NOW + timedelta(seconds=at_s)
@@ -40,13 +40,15 @@ async def send(
     )
 
 
-async def audit(stats: Stats, sender: int, **more: Any) -> proto.AuditSenderResponse:
+async def audit(stats: StatsServer, sender: int, **more: Any) -> proto.AuditSenderResponse:
     request = proto.AuditSenderRequest(sender_id=str(sender), **more)
     answer: proto.AuditSenderResponse = await stats.stub.AuditSender(request)
     return answer
 
 
-async def test_the_audit_measures_gap_and_window_from_the_recorded_sends(stats: Stats) -> None:
+async def test_the_audit_measures_gap_and_window_from_the_recorded_sends(
+    stats: StatsServer,
+) -> None:
     sender, other = await stats.sender(limit=3), await stats.sender()
     for job, at in enumerate((0, 10, 13.5, 3_600, 3_700, 3_800)):
         await send(stats, sender, job, at)
@@ -63,7 +65,7 @@ async def test_the_audit_measures_gap_and_window_from_the_recorded_sends(stats: 
     assert found.hourly_limit == 3
 
 
-async def test_an_interval_is_audited_including_the_sends_before_it(stats: Stats) -> None:
+async def test_an_interval_is_audited_including_the_sends_before_it(stats: StatsServer) -> None:
     sender = await stats.sender()
     for job, at in enumerate((0, 2, 100, 104, 200, 201.5)):
         await send(stats, sender, job, at)
@@ -77,7 +79,7 @@ async def test_an_interval_is_audited_including_the_sends_before_it(stats: Stats
     assert (found.sent_count, found.most_in_window_count) == (2, 4)
 
 
-async def test_a_second_send_of_a_job_is_a_duplicate_even_after_doubt(stats: Stats) -> None:
+async def test_a_second_send_of_a_job_is_a_duplicate_even_after_doubt(stats: StatsServer) -> None:
     sender = await stats.sender()
     await send(stats, sender, 1, 0, outcome=DOUBT)
     await send(stats, sender, 1, 10, attempt=2)
@@ -86,7 +88,7 @@ async def test_a_second_send_of_a_job_is_a_duplicate_even_after_doubt(stats: Sta
     assert (found.sent_count, found.duplicate_count) == (2, 1)
 
 
-async def test_an_accepted_job_without_a_row_is_lost(stats: Stats) -> None:
+async def test_an_accepted_job_without_a_row_is_lost(stats: StatsServer) -> None:
     sender = await stats.sender()
     await stats.sql(
         "INSERT INTO batches (user_id, sender_id, request_id, request_hash, start_at, duplicates,"
@@ -104,13 +106,13 @@ async def test_an_accepted_job_without_a_row_is_lost(stats: Stats) -> None:
     assert (await audit(stats, sender)).lost_count == 1
 
 
-async def test_a_sender_that_sent_nothing_has_no_gap(stats: Stats) -> None:
+async def test_a_sender_that_sent_nothing_has_no_gap(stats: StatsServer) -> None:
     found = await audit(stats, await stats.sender())
     assert not found.HasField("least_gap")
     assert (found.sent_count, found.most_in_window_count) == (0, 0)
 
 
-async def test_an_invalid_audit_request_is_refused(stats: Stats) -> None:
+async def test_an_invalid_audit_request_is_refused(stats: StatsServer) -> None:
     sender = await stats.sender()
     now = to_timestamp(NOW)
     assert await fails(audit(stats, sender, start_time=now, end_time=now)) == (

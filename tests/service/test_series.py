@@ -13,7 +13,7 @@ from outbox.v1 import stats_service_pb2 as proto
 
 from outbox_server.cli.options import to_duration, to_timestamp
 from tests.for_each import for_each_case
-from tests.service.test_stats import Stats, fails, running
+from tests.service.test_stats import StatsServer, fails, running
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 SENT, TEMPORARY, PERMANENT = 1, 2, 3
@@ -22,12 +22,14 @@ MINUTE = timedelta(minutes=1)
 
 
 @pytest_asyncio.fixture
-async def stats(database_url: str) -> AsyncIterator[Stats]:
+async def stats(database_url: str) -> AsyncIterator[StatsServer]:
     async with running(database_url) as server:
         yield server
 
 
-async def job(stats: Stats, sender: int, state: int, *attempts: tuple[datetime, int, int]) -> None:
+async def job(
+    stats: StatsServer, sender: int, state: int, *attempts: tuple[datetime, int, int]
+) -> None:
     """Record a job with its attempts, as (end, outcome, ms late)."""
     number = await stats.sql(
         "INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, state,"
@@ -51,12 +53,12 @@ async def job(stats: Stats, sender: int, state: int, *attempts: tuple[datetime, 
         )
 
 
-async def series(stats: Stats, sender: int, **more: Any) -> list[stats_pb2.SeriesPoint]:
+async def series(stats: StatsServer, sender: int, **more: Any) -> list[stats_pb2.SeriesPoint]:
     request = proto.QuerySenderSeriesRequest(sender_id=str(sender), **more)
     return list((await stats.stub.QuerySenderSeries(request)).points)
 
 
-async def test_each_bucket_counts_the_attempts_that_ended_in_it(stats: Stats) -> None:
+async def test_each_bucket_counts_the_attempts_that_ended_in_it(stats: StatsServer) -> None:
     sender, other = await stats.sender(), await stats.sender()
     await job(stats, sender, DONE, (NOON, SENT, 0))
     await job(
@@ -82,7 +84,7 @@ async def test_each_bucket_counts_the_attempts_that_ended_in_it(stats: Stats) ->
     assert not points[2].HasField("lateness_p50")
 
 
-async def test_jobs_of_a_cancelled_batch_are_not_counted_as_retried(stats: Stats) -> None:
+async def test_jobs_of_a_cancelled_batch_are_not_counted_as_retried(stats: StatsServer) -> None:
     sender = await stats.sender()
     await job(stats, sender, SCHEDULED, (NOON, TEMPORARY, 0))
     hour = {"start_time": to_timestamp(NOON), "end_time": to_timestamp(NOON + 60 * MINUTE)}
@@ -94,7 +96,7 @@ async def test_jobs_of_a_cancelled_batch_are_not_counted_as_retried(stats: Stats
     assert point.retried_count == 0
 
 
-async def test_lateness_is_given_as_percentiles_of_the_sent_mails(stats: Stats) -> None:
+async def test_lateness_is_given_as_percentiles_of_the_sent_mails(stats: StatsServer) -> None:
     sender = await stats.sender()
     for late_ms in range(10, 1_011, 10):
         await job(stats, sender, DONE, (NOON, SENT, late_ms))
@@ -111,7 +113,7 @@ async def test_lateness_is_given_as_percentiles_of_the_sent_mails(stats: Stats) 
     assert [span.ToMilliseconds() for span in late] == [510, 960, 1_000]
 
 
-async def test_the_default_series_is_the_last_day_by_the_hour(stats: Stats) -> None:
+async def test_the_default_series_is_the_last_day_by_the_hour(stats: StatsServer) -> None:
     points = await series(stats, await stats.sender())
     assert len(points) == 25
     span = points[-1].start_time.ToDatetime(UTC) - points[0].start_time.ToDatetime(UTC)
@@ -129,7 +131,9 @@ async def test_the_default_series_is_the_last_day_by_the_hour(stats: Stats) -> N
         ({"start_time": datetime(1, 1, 1, tzinfo=UTC)}, "INTERVAL_INVALID"),
     ],
 )
-async def test_an_invalid_series_request_is_refused(stats: Stats, fields: Any, reason: str) -> None:
+async def test_an_invalid_series_request_is_refused(
+    stats: StatsServer, fields: Any, reason: str
+) -> None:
     request: dict[str, Any] = {"end_time": to_timestamp(NOON)}
     for name, value in fields.items():
         request[name] = to_duration(value) if name == "bucket" else to_timestamp(value)
@@ -137,6 +141,6 @@ async def test_an_invalid_series_request_is_refused(stats: Stats, fields: Any, r
     assert await fails(call) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
 
 
-async def test_the_series_of_another_user_is_not_found(stats: Stats) -> None:
+async def test_the_series_of_another_user_is_not_found(stats: StatsServer) -> None:
     call = series(stats, await stats.sender("anna"), user_id="bert")
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")

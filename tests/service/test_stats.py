@@ -31,7 +31,7 @@ from tests.for_each import for_each_case
 from tests.probing import serving
 
 
-class Stats:
+class StatsServer:
     """A stats server for one test, its clients, and its database."""
 
     def __init__(self, database_url: str, channel: grpc.aio.Channel) -> None:
@@ -94,7 +94,7 @@ class Stats:
 @asynccontextmanager
 async def running(
     database_url: str, *, healthy: bool = True, **settings: Any
-) -> AsyncIterator[Stats]:
+) -> AsyncIterator[StatsServer]:
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     settings = {"auth": "off", "stats_listen": "127.0.0.1:0"} | settings
@@ -103,7 +103,7 @@ async def running(
             serve(load_settings(database_url=database_url, **settings), stop, ready=port.set_result)
         )
         async with grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
-            stats = Stats(database_url, channel)
+            stats = StatsServer(database_url, channel)
             if healthy:
                 await eventually(stats.serving)
             yield stats
@@ -111,7 +111,7 @@ async def running(
 
 
 @pytest_asyncio.fixture
-async def stats(database_url: str) -> AsyncIterator[Stats]:
+async def stats(database_url: str) -> AsyncIterator[StatsServer]:
     async with running(database_url) as server:
         yield server
 
@@ -126,7 +126,7 @@ async def fails(call: Any) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), info.reason
 
 
-async def test_the_counts_of_a_sender_equal_a_count_of_its_rows(stats: Stats) -> None:
+async def test_the_counts_of_a_sender_equal_a_count_of_its_rows(stats: StatsServer) -> None:
     sender, other = await stats.sender(limit=20), await stats.sender()
     now = datetime.now(UTC)
     await stats.delta(sender, 1, 9)
@@ -158,7 +158,7 @@ async def test_the_counts_of_a_sender_equal_a_count_of_its_rows(stats: Stats) ->
     assert abs(answer.read_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(seconds=5)
 
 
-async def test_a_sender_without_mail_has_zero_counts_and_no_next_time(stats: Stats) -> None:
+async def test_a_sender_without_mail_has_zero_counts_and_no_next_time(stats: StatsServer) -> None:
     request = proto.GetSenderStatsRequest(sender_id=str(await stats.sender()))
     answer = await stats.stub.GetSenderStats(request)
     assert answer.counts == EmailJobCounts()
@@ -173,7 +173,7 @@ def far_from_the_next_hour() -> bool:
 
 
 async def test_hourly_counts_cover_the_last_24_hours_by_the_end_of_the_attempts(
-    stats: Stats,
+    stats: StatsServer,
 ) -> None:
     await eventually(far_from_the_next_hour)
     sender = await stats.sender()
@@ -216,13 +216,13 @@ async def test_the_window_counts_sends_that_ended_in_it_and_took_a_slot(database
     "text",
     [("987654321",), ("x",), ("01",), ("+1",), (" 1",), ("1\n",), ("-1",), ("0",), ("9" * 30,)],
 )
-async def test_a_sender_that_does_not_exist_is_not_found(stats: Stats, text: str) -> None:
+async def test_a_sender_that_does_not_exist_is_not_found(stats: StatsServer, text: str) -> None:
     await stats.sender()
     call = stats.stub.GetSenderStats(proto.GetSenderStatsRequest(sender_id=text))
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")
 
 
-async def test_a_sender_is_found_only_by_its_owner(stats: Stats) -> None:
+async def test_a_sender_is_found_only_by_its_owner(stats: StatsServer) -> None:
     sender = str(await stats.sender("anna"))
     call = stats.stub.GetSenderStats(proto.GetSenderStatsRequest(sender_id=sender, user_id="bert"))
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")
@@ -230,19 +230,19 @@ async def test_a_sender_is_found_only_by_its_owner(stats: Stats) -> None:
     assert (await stats.stub.GetSenderStats(request)).sender_id == sender
 
 
-async def test_a_deleted_sender_is_not_found(stats: Stats) -> None:
+async def test_a_deleted_sender_is_not_found(stats: StatsServer) -> None:
     sender = await stats.sender()
     await stats.sql("UPDATE senders SET deleted_at = now() WHERE id = %s", sender)
     call = stats.stub.GetSenderStats(proto.GetSenderStatsRequest(sender_id=str(sender)))
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")
 
 
-async def test_a_missing_sender_id_is_invalid(stats: Stats) -> None:
+async def test_a_missing_sender_id_is_invalid(stats: StatsServer) -> None:
     call = stats.stub.GetSenderStats(proto.GetSenderStatsRequest())
     assert await fails(call) == (grpc.StatusCode.INVALID_ARGUMENT, "SENDER_ID_REQUIRED")
 
 
-async def test_the_counts_of_a_user_are_the_sum_of_its_senders(stats: Stats) -> None:
+async def test_the_counts_of_a_user_are_the_sum_of_its_senders(stats: StatsServer) -> None:
     first, second, deleted = [await stats.sender("anna") for _ in range(3)]
     stranger = await stats.sender("bert")
     for sender, n in ((first, 1), (second, 2), (deleted, 4), (stranger, 1000)):
@@ -268,7 +268,9 @@ async def test_the_counts_of_a_user_are_the_sum_of_its_senders(stats: Stats) -> 
     assert abs(answer.read_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(seconds=5)
 
 
-async def test_the_senders_of_a_user_are_listed_in_pages_with_the_same_total(stats: Stats) -> None:
+async def test_the_senders_of_a_user_are_listed_in_pages_with_the_same_total(
+    stats: StatsServer,
+) -> None:
     senders = [await stats.sender("anna") for _ in range(5)]
     await stats.sender("bert")
     for sender in senders:
@@ -288,20 +290,20 @@ async def test_the_senders_of_a_user_are_listed_in_pages_with_the_same_total(sta
     assert pages == [ids[:2], ids[2:4], ids[4:]]
 
 
-async def test_a_page_that_ends_with_the_last_sender_has_no_next_page(stats: Stats) -> None:
+async def test_a_page_that_ends_with_the_last_sender_has_no_next_page(stats: StatsServer) -> None:
     for _ in range(2):
         await stats.sender("anna")
     request = proto.GetUserStatsRequest(user_id="anna", page_size=2)
     assert not (await stats.stub.GetUserStats(request)).next_page_token
 
 
-async def test_a_user_without_senders_has_zero_counts(stats: Stats) -> None:
+async def test_a_user_without_senders_has_zero_counts(stats: StatsServer) -> None:
     answer = await stats.stub.GetUserStats(proto.GetUserStatsRequest(user_id="nobody"))
     assert answer.counts == EmailJobCounts()
     assert not answer.senders
 
 
-async def test_an_invalid_request_for_a_user_is_refused(stats: Stats) -> None:
+async def test_an_invalid_request_for_a_user_is_refused(stats: StatsServer) -> None:
     for _ in range(2):
         await stats.sender("anna")
     answer = await stats.stub.GetUserStats(proto.GetUserStatsRequest(user_id="anna", page_size=1))
@@ -320,7 +322,7 @@ async def test_an_invalid_request_for_a_user_is_refused(stats: Stats) -> None:
         )
 
 
-async def test_a_watch_begins_with_the_state_and_then_sends_each_change(stats: Stats) -> None:
+async def test_a_watch_begins_with_the_state_and_then_sends_each_change(stats: StatsServer) -> None:
     sender = await stats.sender()
     await stats.delta(sender, 3, 1)
     request = proto.WatchSenderStatsRequest(sender_id=str(sender), user_id="anna")
@@ -346,7 +348,7 @@ async def test_a_watch_begins_with_the_state_and_then_sends_each_change(stats: S
         assert await stream.read() == grpc.aio.EOF
 
 
-async def test_a_watch_reports_when_a_cooldown_begins_changes_and_ends(stats: Stats) -> None:
+async def test_a_watch_reports_when_a_cooldown_begins_changes_and_ends(stats: StatsServer) -> None:
     sender, other = await stats.sender(), await stats.sender()
     stream = stats.stub.WatchSenderStats(proto.WatchSenderStatsRequest(sender_id=str(sender)))
     async with asyncio.timeout(PATIENCE):
@@ -372,7 +374,7 @@ async def test_a_watch_reports_when_a_cooldown_begins_changes_and_ends(stats: St
     stream.cancel()
 
 
-async def test_an_invalid_watch_is_refused(stats: Stats) -> None:
+async def test_an_invalid_watch_is_refused(stats: StatsServer) -> None:
     sender = str(await stats.sender("anna"))
     for request, reason in (
         (proto.WatchSenderStatsRequest(sender_id=sender, user_id="bert"), "SENDER_NOT_FOUND"),
@@ -441,7 +443,7 @@ async def test_a_process_exits_with_code_0_on_sigterm(database_url: str) -> None
         async with asyncio.timeout(PATIENCE):
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 await channel.channel_ready()
-                await eventually(Stats(database_url, channel).serving)
+                await eventually(StatsServer(database_url, channel).serving)
             child.send_signal(signal.SIGTERM)
             assert await child.wait() == 0
     finally:

@@ -24,7 +24,7 @@ from outbox_server.shared.events.watching import EventFilter, EventWatch
 from outbox_server.shared.secrets import generate_key
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
-from tests.service.test_watch_email_jobs import Watch
+from tests.service.test_watch_email_jobs import JobWatch
 from tests.service.test_webhooks import change, create, receiving
 
 MOST = 10
@@ -111,7 +111,7 @@ async def test_the_oldest_events_above_the_quota_are_removed_and_no_reader_misse
         hers = await create(scheduler, other.url, "ann", disabled=True)
         tokens = {}
         for user_id in ("eve", "ann"):
-            watch = await Watch(scheduler, user_id).begun()
+            watch = await JobWatch(scheduler, user_id).begun()
             watch.stream.cancel()
             tokens[user_id] = watch.token
         add_events(scheduler, "ann", 25)
@@ -123,14 +123,14 @@ async def test_the_oldest_events_above_the_quota_are_removed_and_no_reader_misse
         assert counts(scheduler) == {"ann": 25, "eve": MOST}
 
         refusal = await refusal_of(
-            Watch(scheduler, "eve", resume_token=tokens["eve"]).stream.read()
+            JobWatch(scheduler, "eve", resume_token=tokens["eve"]).stream.read()
         )
         assert refusal.reason == "RESUME_TOKEN_EXPIRED"
-        resumed = await Watch(scheduler, "ann", resume_token=tokens["ann"]).begun()
+        resumed = await JobWatch(scheduler, "ann", resume_token=tokens["ann"]).begun()
         assert len(await resumed.events(25)) == 25
         start = Timestamp()
         start.FromDatetime(datetime.now(UTC) - timedelta(hours=1))
-        again = await Watch(scheduler, "eve", start_time=start).begun()
+        again = await JobWatch(scheduler, "eve", start_time=start).begun()
         found = await again.events(MOST)
         assert [int(one.email_job_event_id) for one in found] == all_of["eve"][-MOST:]
 

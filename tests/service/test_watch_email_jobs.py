@@ -48,7 +48,7 @@ async def sender(scheduler: Scheduler) -> sender_pb2.Sender:
     return await scheduler.sender()
 
 
-class Watch:
+class JobWatch:
     """A stream, and the last token that it gave."""
 
     def __init__(self, scheduler: Scheduler, user_id: str = "ann", **fields: Any) -> None:
@@ -63,7 +63,7 @@ class Watch:
         self.token = message.resume_token
         return message
 
-    async def begun(self) -> Watch:
+    async def begun(self) -> JobWatch:
         """Return once the stream has its position."""
         assert not (await self.message()).email_job_events
         return self
@@ -89,7 +89,7 @@ def at(time: datetime) -> Timestamp:
 async def test_every_change_is_delivered_with_what_it_says(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
-    watch = await Watch(scheduler).begun()
+    watch = await JobWatch(scheduler).begun()
     batch = (await scheduler.schedule(sender, CSV)).batch
     (accepted,) = await watch.events(1)
     assert (accepted.email_job_id, accepted.batch_id) == ("", batch.batch_id)
@@ -148,9 +148,9 @@ async def test_a_watch_has_only_the_events_of_its_filters_and_user(
     other = (await scheduler.schedule(sender, CSV)).batch
     bobs = await scheduler.sender("bob")
     watches = {
-        "batch": await Watch(scheduler, batch_id=hers.batch_id).begun(),
-        "states": await Watch(scheduler, states=[SENT]).begun(),
-        "bob": await Watch(scheduler, "bob").begun(),
+        "batch": await JobWatch(scheduler, batch_id=hers.batch_id).begun(),
+        "states": await JobWatch(scheduler, states=[SENT]).begun(),
+        "bob": await JobWatch(scheduler, "bob").begun(),
     }
     await scheduler.schedule(bobs, CSV)
     first, *_ = job_ids(scheduler)
@@ -165,9 +165,9 @@ async def test_a_watch_has_only_the_events_of_its_filters_and_user(
     (accepted,) = await watches["bob"].events(1)
     assert accepted.user_id == "bob"
     for wrong in ({"batch_id": hers.batch_id}, {"sender_id": sender.sender_id}):
-        refusal = await refusal_of(Watch(scheduler, "bob", **wrong).stream.read())
+        refusal = await refusal_of(JobWatch(scheduler, "bob", **wrong).stream.read())
         assert refusal.code == "NOT_FOUND"
-    assert (await refusal_of(Watch(scheduler, "").stream.read())).reason == "USER_ID_REQUIRED"
+    assert (await refusal_of(JobWatch(scheduler, "").stream.read())).reason == "USER_ID_REQUIRED"
 
 
 async def test_an_event_that_is_committed_late_is_not_skipped(
@@ -175,7 +175,7 @@ async def test_an_event_that_is_committed_late_is_not_skipped(
 ) -> None:
     await scheduler.schedule(sender, CSV)
     first, second, *_ = job_ids(scheduler)
-    watch = await Watch(scheduler).begun()
+    watch = await JobWatch(scheduler).begun()
     scheduler.execute(CLAIM, first)
     scheduler.execute(CLAIM, second)
     async with await psycopg.AsyncConnection.connect(database_url) as slow:
@@ -193,7 +193,7 @@ async def test_an_event_that_is_committed_late_is_not_skipped(
 async def test_a_watch_resumes_after_the_events_that_were_processed(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
-    before = await Watch(scheduler).begun()
+    before = await JobWatch(scheduler).begun()
     await scheduler.schedule(sender, CSV)
     await before.events(1)
     token = before.token
@@ -202,18 +202,18 @@ async def test_a_watch_resumes_after_the_events_that_were_processed(
     for job in (first, second):
         scheduler.execute(CLAIM, job)
         scheduler.execute(SETTLE, job)
-    resumed = await Watch(scheduler, resume_token=token).begun()
+    resumed = await JobWatch(scheduler, resume_token=token).begun()
     assert [event.email_job_id for event in await resumed.events(2)] == [str(first), str(second)]
     # Nothing is left after the last token.
-    again = await Watch(scheduler, resume_token=resumed.token).begun()
+    again = await JobWatch(scheduler, resume_token=resumed.token).begun()
     scheduler.execute("UPDATE email_jobs SET scheduled_at = '2031-01-01Z' WHERE state = 1")
     assert len(await again.events(2)) == 2
     # From a time: everything, because one minute before it belongs to it.
-    whole = await Watch(scheduler, start_time=at(datetime.now(UTC))).begun()
+    whole = await JobWatch(scheduler, start_time=at(datetime.now(UTC))).begun()
     assert len(await whole.events(5)) == 5
-    refusal = await refusal_of(Watch(scheduler, "bob", resume_token=token).stream.read())
+    refusal = await refusal_of(JobWatch(scheduler, "bob", resume_token=token).stream.read())
     assert refusal.reason == "RESUME_TOKEN_INVALID"
-    refusal = await refusal_of(Watch(scheduler, resume_token="x").stream.read())
+    refusal = await refusal_of(JobWatch(scheduler, resume_token="x").stream.read())
     assert refusal.reason == "RESUME_TOKEN_INVALID"
 
 
@@ -227,7 +227,7 @@ async def test_a_start_time_finds_its_place_among_many_events(scheduler: Schedul
     )
     scheduler.execute("SELECT setval('job_events_id_seq', 5700)")
     start = datetime.now(UTC) - timedelta(minutes=1000)
-    watch = await Watch(scheduler, start_time=at(start)).begun()
+    watch = await JobWatch(scheduler, start_time=at(start)).begun()
     found = (await watch.message()).email_job_events
     assert 999 <= int(found[0].email_job_id) <= 1000
     # More than one page, without a gap.
@@ -240,7 +240,7 @@ async def test_a_start_time_finds_its_place_among_many_events(scheduler: Schedul
 async def test_a_token_of_events_that_a_restore_lost_is_refused(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
-    watch = await Watch(scheduler).begun()
+    watch = await JobWatch(scheduler).begun()
     await scheduler.schedule(sender, CSV)
     for _ in range(3):
         scheduler.execute(
@@ -253,14 +253,14 @@ async def test_a_token_of_events_that_a_restore_lost_is_refused(
     scheduler.execute("SELECT setval('job_events_id_seq', 1, false)")
     refusal = await refusal_of(watch.stream.read())
     assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "RESUME_TOKEN_EXPIRED")
-    refusal = await refusal_of(Watch(scheduler, resume_token=watch.token).stream.read())
+    refusal = await refusal_of(JobWatch(scheduler, resume_token=watch.token).stream.read())
     assert refusal.reason == "RESUME_TOKEN_EXPIRED"
     # Later, the same ids belong to other events.
     scheduler.execute(
         "INSERT INTO job_events (user_id, sender_id, batch_id, state, attempt, happened_at)"
         " SELECT 'ann', 1, 1, 1, 0, now() + interval '10 s' FROM generate_series(1, 50)"
     )
-    refusal = await refusal_of(Watch(scheduler, resume_token=watch.token).stream.read())
+    refusal = await refusal_of(JobWatch(scheduler, resume_token=watch.token).stream.read())
     assert refusal.reason == "RESUME_TOKEN_EXPIRED"
 
 
@@ -269,7 +269,7 @@ async def test_old_events_are_removed_and_a_token_from_before_is_refused(
 ) -> None:
     async with running_scheduler(database_url, redis_url, event_retention="1h") as scheduler:
         sender = await scheduler.sender()
-        watch = await Watch(scheduler).begun()
+        watch = await JobWatch(scheduler).begun()
         await scheduler.schedule(sender, CSV)
         await watch.events(1)
         scheduler.execute("UPDATE job_events SET happened_at = now() - interval '3 h'")
@@ -284,17 +284,17 @@ async def test_old_events_are_removed_and_a_token_from_before_is_refused(
 
         await eventually(removed)
         await engine.dispose()
-        resumed = await Watch(scheduler, resume_token=watch.token).begun()
+        resumed = await JobWatch(scheduler, resume_token=watch.token).begun()
         assert len(await resumed.events(1)) == 1
         # A token of two hours ago: events after it may have been removed.
         stamp = unix_ms(datetime.now(UTC) - timedelta(hours=2))
         stream = page_tokens.digest_filters("ann")
         stale = page_tokens.encode("events of jobs", stream, (f"1.{stamp}",))
-        refusal = await refusal_of(Watch(scheduler, resume_token=stale).stream.read())
+        refusal = await refusal_of(JobWatch(scheduler, resume_token=stale).stream.read())
         assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "RESUME_TOKEN_EXPIRED")
         # From the same time on: begins with the oldest event that is kept.
         start = at(datetime.now(UTC) - timedelta(days=9))
-        kept = await Watch(scheduler, start_time=start).begun()
+        kept = await JobWatch(scheduler, start_time=start).begun()
         assert len(await kept.events(1)) == 1
 
 

@@ -9,7 +9,8 @@ import pytest
 from outbox_server.services.dispatcher.shares import Permit, Route
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.shared.queue.user_limits import UserLimit
-from tests.slot_steps import QUICK, SLOW, Clock, WaitingClaim, relay, send, take_all
+from tests.clock import Clock
+from tests.slot_steps import QUICK, SLOW, WaitingClaim, relay, send, take_all
 
 
 @pytest.fixture

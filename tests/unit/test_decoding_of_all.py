@@ -40,7 +40,7 @@ def requests() -> list[type[Message]]:
     return [found[name] for name in sorted(found)]
 
 
-class Wire:
+class RandomFields:
     """Writes random fields; `damaged` ones may break rules of the format."""
 
     def __init__(self, random: Random, *, damaged: bool) -> None:
@@ -130,7 +130,7 @@ async def test_random_bytes_are_the_same_message_in_parts(damaged: bool) -> None
         for seed in range(INPUTS):
             name = kind.DESCRIPTOR.name
             random = Random(f"{name} {seed}")
-            wire = Wire(random, damaged=damaged)
+            wire = RandomFields(random, damaged=damaged)
             data = wire.message(kind.DESCRIPTOR) + wire.field(2_000, DELIMITED, bytes(AT_ONCE))
             if damaged and seed % 2:
                 data = data[: random.randint(AT_ONCE, len(data))]

@@ -9,25 +9,25 @@ ANN, BOB, EVE, FAY = map(Claimant, ("ann", "bob", "eve", "fay"))
 
 
 @dataclass(eq=False)
-class Call:
+class WaitingCall:
     claimant: Claimant
     request_id: str
     row_count: int = 1
     has_left: bool = False
 
 
-def queue_of(*calls: Call, now: float = 0.0) -> GroupQueue[Call]:
-    queue: GroupQueue[Call] = GroupQueue()
+def queue_of(*calls: WaitingCall, now: float = 0.0) -> GroupQueue[WaitingCall]:
+    queue: GroupQueue[WaitingCall] = GroupQueue()
     for call in calls:
         queue.add(call, now)
     return queue
 
 
-def calls_of(claimant: Claimant, count: int, row_count: int = 1) -> list[Call]:
-    return [Call(claimant, f"{claimant.name}-{n}", row_count) for n in range(count)]
+def calls_of(claimant: Claimant, count: int, row_count: int = 1) -> list[WaitingCall]:
+    return [WaitingCall(claimant, f"{claimant.name}-{n}", row_count) for n in range(count)]
 
 
-def ids(group: list[Call]) -> list[str]:
+def ids(group: list[WaitingCall]) -> list[str]:
     return [call.request_id for call in group]
 
 
@@ -64,12 +64,16 @@ def test_nobody_has_two_groups_at_a_time() -> None:
 def test_rows_limit_a_group() -> None:
     queue = queue_of(*calls_of(EVE, 30, row_count=100))
     assert len(queue.next_group(0, many=True)) == 10
-    queue.add(Call(ANN, "ann"), 1)
+    queue.add(WaitingCall(ANN, "ann"), 1)
     assert len(queue.next_group(1, many=True)) == 2
 
 
 def test_calls_whose_callers_have_left_and_repeated_requests_are_left_out() -> None:
-    first, again, gone = Call(ANN, "a"), Call(ANN, "a"), Call(ANN, "b", has_left=True)
+    first, again, gone = (
+        WaitingCall(ANN, "a"),
+        WaitingCall(ANN, "a"),
+        WaitingCall(ANN, "b", has_left=True),
+    )
     queue = queue_of(first, gone, again)
     assert queue.next_group(0, many=False) == [first]
     assert queue.next_group(0, many=False) == [again]
@@ -79,8 +83,8 @@ def test_calls_whose_callers_have_left_and_repeated_requests_are_left_out() -> N
 def test_calls_that_are_put_back_come_first() -> None:
     queue = queue_of(*calls_of(ANN, 3))
     group = queue.next_group(0, many=False)
-    queue.add(Call(BOB, "bob"), 0)
-    queue.add(Call(ANN, "later"), 0)
+    queue.add(WaitingCall(BOB, "bob"), 0)
+    queue.add(WaitingCall(ANN, "later"), 0)
     queue.put_back(group[1:])
     assert ids(queue.take_all()) == ["ann-1", "ann-2", "later", "bob"]
     assert queue.take_all() == []

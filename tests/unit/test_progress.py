@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 
 from outbox_server.services.dispatcher.progress import Progress
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.25
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1_000.25)
 
 
 @pytest.fixture

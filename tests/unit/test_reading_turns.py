@@ -89,7 +89,7 @@ async def test_a_thread_rests_while_others_call_and_do_not_read(
 ) -> None:
     rests: list[float] = []
 
-    class Clock:
+    class FakeTime:
         monotonic = time.monotonic
         sleep = rests.append
 
@@ -98,7 +98,7 @@ async def test_a_thread_rests_while_others_call_and_do_not_read(
             pass_on()
             pass_on()
 
-    monkeypatch.setattr(reading_turns, "time", Clock)
+    monkeypatch.setattr(reading_turns, "time", FakeTime)
     await asyncio.to_thread(run)
     assert len(rests) == (2 if others_call else 0)
     assert all(0 < rest <= 0.005 for rest in rests)

@@ -12,7 +12,7 @@ from google.api.annotations_pb2 import http
 from google.protobuf.descriptor_pb2 import FileDescriptorSet, MethodDescriptorProto, MethodOptions
 from outbox_client import AsyncClient
 
-from docs.build_service_config import BULK, SOURCE, TARGET, TIMEOUTS, Kind, build, kind_of
+from docs.build_service_config import BULK, SOURCE, TARGET, TIMEOUTS, MethodKind, build, kind_of
 
 RELEASED: Final = Path(__file__).parents[2] / ".ci" / "released-contract.binpb"
 READ: Final = MethodOptions.NO_SIDE_EFFECTS
@@ -116,15 +116,15 @@ SMALL_CHANGES: Final = frozenset(
 def test_methods_of_one_kind_have_one_deadline() -> None:
     # A new method that changes something must be named as one kind or the other.
     published = config()
-    found: dict[Kind, set[str]] = {kind: set() for kind in Kind}
+    found: dict[MethodKind, set[str]] = {kind: set() for kind in MethodKind}
     for path, method in methods():
         kind = kind_of(method)
         found[kind].add(method.name)
         assert published[path].get("timeout") == TIMEOUTS.get(kind), path
-    assert found[Kind.CHANGE] == SMALL_CHANGES
-    assert found[Kind.BULK] == BULK
-    assert {"GetSender", "ListEmailJobs", "PreviewBatch"} <= found[Kind.READ]
-    assert {"WatchBatch", "ExportEmailJobs"} <= found[Kind.STREAM]
+    assert found[MethodKind.CHANGE] == SMALL_CHANGES
+    assert found[MethodKind.BULK] == BULK
+    assert {"GetSender", "ListEmailJobs", "PreviewBatch"} <= found[MethodKind.READ]
+    assert {"WatchBatch", "ExportEmailJobs"} <= found[MethodKind.STREAM]
 
 
 def test_all_calls_have_a_deadline_but_streams_of_the_server() -> None:

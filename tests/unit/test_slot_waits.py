@@ -8,10 +8,10 @@ import pytest
 
 from outbox_server.services.dispatcher import slots as slots_module
 from outbox_server.services.dispatcher.slots import Slots
+from tests.clock import Clock
 from tests.slot_steps import (
     NEW,
     SLOW,
-    Clock,
     WaitingClaim,
     relay,
     route,

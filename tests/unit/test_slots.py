@@ -9,11 +9,11 @@ from outbox_server.services.dispatcher import slots as slots_module
 from outbox_server.services.dispatcher.shares import Permit, Route
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.shared.queue.user_limits import UserLimit
+from tests.clock import Clock
 from tests.slot_steps import (
     NEW,
     QUICK,
     SLOW,
-    Clock,
     relay,
     route,
     send,
