@@ -46,7 +46,7 @@ def rotate_all() -> Rotation:
     """
     secrets = SecretBox.from_settings(load_settings())
     # If a new key replaced the old one, instead of preceding it, every password would be lost.
-    if secrets.key_count < 2:  # noqa: PLR2004 - a new key and an old one
+    if secrets.key_count <= 1:
         raise ConfigurationError(
             "OUTBOX_ENCRYPTION_KEYS: has no new key; put one from "
             "`outbox keys generate-encryption-key` before the existing ones: NEW,OLD"

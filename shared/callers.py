@@ -100,8 +100,9 @@ class LocalAuthenticator:
 
     _caller = Caller(user_id=None, kind=CallerKind.LOCAL)
 
-    async def authenticate(self, metadata: Metadata) -> Caller:  # noqa: ARG002 - needs no metadata
+    async def authenticate(self, metadata: Metadata) -> Caller:
         """Return the LOCAL caller."""
+        del metadata
         return self._caller
 
     async def close(self) -> None:

@@ -48,14 +48,14 @@ class Stats(stats_service_pb2_grpc.StatsServiceServicer):
         self.release = asyncio.Event()
         self.ended: asyncio.Future[type[BaseException] | None] = asyncio.Future()
 
-    async def GetSenderStats(  # noqa: N802 - the proto's name
+    async def GetSenderStats(
         self, request: stats_service_pb2.GetSenderStatsRequest, context: Any
     ) -> stats_pb2.SenderStats:
         del context
         await self.observed()
         return self.answer or stats_pb2.SenderStats(sender_id=request.sender_id)
 
-    async def WatchSenderStats(  # noqa: N802 - the proto's name
+    async def WatchSenderStats(
         self, request: stats_service_pb2.WatchSenderStatsRequest, context: Any
     ) -> AsyncIterator[stats_service_pb2.WatchSenderStatsResponse]:
         del request, context
@@ -89,7 +89,7 @@ class Batches(batch_service_pb2_grpc.BatchServiceServicer):
         self.begun = asyncio.Event()
         self.ended: asyncio.Future[str] = asyncio.Future()
 
-    async def UploadBatch(  # noqa: N802 - the proto's name
+    async def UploadBatch(
         self, request_iterator: AsyncIterator[batch_service_pb2.UploadBatchRequest], context: Any
     ) -> batch_service_pb2.ScheduleBatchResponse:
         del context

@@ -88,15 +88,15 @@ class _Senders(sender_service_pb2_grpc.SenderServiceServicer):
     def __init__(self, state: MisbehavingServer) -> None:
         self._state = state
 
-    async def GetSender(self, request: Any, context: Any) -> sender_pb2.Sender:  # noqa: N802
+    async def GetSender(self, request: Any, context: Any) -> sender_pb2.Sender:
         await self._state.take(request, context)
         return sender_pb2.Sender(sender_id=request.sender_id)
 
-    async def CreateSender(self, request: Any, context: Any) -> sender_pb2.Sender:  # noqa: N802
+    async def CreateSender(self, request: Any, context: Any) -> sender_pb2.Sender:
         await self._state.take(request, context)
         return sender_pb2.Sender(sender_id="1")
 
-    async def ListSenders(  # noqa: N802
+    async def ListSenders(
         self, request: Any, context: Any
     ) -> sender_service_pb2.ListSendersResponse:
         await self._state.take(request, context)
@@ -111,13 +111,13 @@ class _Batches(batch_service_pb2_grpc.BatchServiceServicer):
     def __init__(self, state: MisbehavingServer) -> None:
         self._state = state
 
-    async def ScheduleBatch(  # noqa: N802
+    async def ScheduleBatch(
         self, request: Any, context: Any
     ) -> batch_service_pb2.ScheduleBatchResponse:
         await self._state.take(request, context)
         return batch_service_pb2.ScheduleBatchResponse(batch=batch_pb2.Batch(batch_id="1"))
 
-    async def UploadBatch(  # noqa: N802
+    async def UploadBatch(
         self, request_iterator: Any, context: Any
     ) -> batch_service_pb2.ScheduleBatchResponse:
         received = bytearray()
@@ -134,11 +134,11 @@ class _Batches(batch_service_pb2_grpc.BatchServiceServicer):
         self._state.uploads.append(bytes(received))
         return batch_service_pb2.ScheduleBatchResponse(batch=batch_pb2.Batch(batch_id="1"))
 
-    async def GetBatch(self, request: Any, context: Any) -> batch_pb2.Batch:  # noqa: N802
+    async def GetBatch(self, request: Any, context: Any) -> batch_pb2.Batch:
         await self._state.take(request, context)
         return self._state.batches.pop(0)
 
-    async def WatchBatch(  # noqa: N802
+    async def WatchBatch(
         self, request: Any, context: Any
     ) -> AsyncIterator[batch_service_pb2.WatchBatchResponse]:
         await self._state.take(request, context)

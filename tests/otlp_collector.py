@@ -27,7 +27,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     spans: list[CollectedSpan] = field(default_factory=list)
     address: str = ""
 
-    async def Export(  # noqa: N802 - the proto's name
+    async def Export(
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: Any
     ) -> trace_service_pb2.ExportTraceServiceResponse:
         del context

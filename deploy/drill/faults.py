@@ -253,7 +253,7 @@ class Faults:
             (valkey.folder / "dump.rdb").unlink(missing_ok=True)
 
     async def _delete_keys(self, fault: Fault) -> None:
-        chance = random.Random(fault.at)  # noqa: S311 - a choice of keys, not a secret
+        chance = random.Random(fault.at)
 
         async def delete(client: redis.asyncio.Redis) -> None:
             keys = sorted([key async for key in client.scan_iter(count=1000)])

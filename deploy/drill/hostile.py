@@ -57,7 +57,7 @@ class HostileUser:
         """
         self._attacks += 1
         attack = self._attacks
-        chance = random.Random(attack)  # noqa: S311 - a choice of servers, not a secret
+        chance = random.Random(attack)
         async with AsyncExitStack() as stack:
             caller = DrillCaller(self.answered, self._addresses, self._credentials, chance)
             await stack.enter_async_context(caller)

@@ -66,7 +66,7 @@ class Load:
         was permanently refused. Every third sender has `endpoint` as its own relay; the others use
         the operator's relay. Without the `credentials` of each user there is neither TLS nor a key.
         """
-        self._chance = random.Random(seed)  # noqa: S311 - a load, not a secret
+        self._chance = random.Random(seed)
         self.answered = Answered()
         self._callers = {
             user: DrillCaller(self.answered, addresses, known, self._chance)

@@ -63,6 +63,6 @@ class DrillOperator:
         await self._call(release)
 
     async def _call(self, call: Callable[[grpc.aio.Channel], Awaitable[T]]) -> T | None:
-        chance = random.Random()  # noqa: S311 - a choice of schedulers, not a secret
+        chance = random.Random()
         async with DrillCaller(self.answered, self._addresses, self._credentials, chance) as caller:
             return await caller.until_answered(call)

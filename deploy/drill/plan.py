@@ -269,7 +269,7 @@ def plan(
     operators do are planned separately.
     """
     outages = _outages(seed, duration_s, sorted(set(names) & set(OUTAGES)))
-    chance = random.Random(seed)  # noqa: S311 - a plan, not a secret
+    chance = random.Random(seed)
     cards = sorted(set(names) & set(CARDS))
     hand: list[str] = []
     free_at: dict[tuple[str, int], float] = {}
@@ -302,7 +302,7 @@ def plan(
 
 
 def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
-    chance = random.Random(f"outages of {seed}")  # noqa: S311 - a plan, not a secret
+    chance = random.Random(f"outages of {seed}")
     hand: list[str] = []
     found = []
     now = chance.uniform(*_OUTAGE_PAUSES_S)
@@ -314,7 +314,7 @@ def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
 
 
 def _rollouts(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
-    chance = random.Random(f"rollouts of {seed}")  # noqa: S311 - a plan, not a secret
+    chance = random.Random(f"rollouts of {seed}")
     found: list[Fault] = []
     for name in names:
         now = chance.uniform(*_FIRST_ROLLOUT_S)
@@ -325,7 +325,7 @@ def _rollouts(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]
 
 
 def _stores(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
-    chance = random.Random(f"stores of {seed}")  # noqa: S311 - a plan, not a secret
+    chance = random.Random(f"stores of {seed}")
     hand: list[str] = []
     found = []
     now = chance.uniform(*_FIRST_STORE_S)
@@ -337,7 +337,7 @@ def _stores(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
 
 
 def _operations(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
-    chance = random.Random(f"operations of {seed}")  # noqa: S311 - a plan, not a secret
+    chance = random.Random(f"operations of {seed}")
     hand: list[tuple[str, str]] = []
     all_ = [(name, variant) for name in names for variant in OPERATIONS[name].variants or ("",)]
     found = []

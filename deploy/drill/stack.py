@@ -243,7 +243,7 @@ class DrillStack:
 
     def _port_of_a_scheduler(self) -> int:
         ready = [one for one in self.system.services if one.name == "scheduler"]
-        return int(random.choice(ready).address.rpartition(":")[2])  # noqa: S311 - no secret
+        return int(random.choice(ready).address.rpartition(":")[2])
 
     @property
     def without_clocks(self) -> bool:

@@ -59,7 +59,7 @@ class StoreFaults:
         slot = self.slot_of(fault)
         owners = await self._cluster.owners()
         source = await self._cluster.owner_of(slot)
-        chance = random.Random(fault.at)  # noqa: S311 - a choice of a node, not a secret
+        chance = random.Random(fault.at)
         target = chance.choice([node for node in owners if node is not source])
         await self._cluster.begin_move(slot, target)
         await self._cluster.finish_move(slot, source, target)
@@ -77,7 +77,7 @@ class StoreFaults:
 
     def slot_of(self, fault: Fault) -> int:
         """Return the slot of the shard that a fault is aimed at."""
-        shard = random.Random(fault.at).randrange(self._shards)  # noqa: S311 - no secret
+        shard = random.Random(fault.at).randrange(self._shards)
         return key_slot(ShardKeys(shard).ready.encode(), SLOTS)
 
     async def _is_owned_by_another(self, slot: int, primary: ClusterNode) -> bool:

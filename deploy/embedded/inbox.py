@@ -141,7 +141,7 @@ class Inbox:
         await self.stop()
 
     # The names of the hooks are aiosmtpd's.
-    async def handle_DATA(  # noqa: N802
+    async def handle_DATA(
         self, connection: InboxConnection, _session: Session, envelope: Envelope
     ) -> str:
         """Store one mail. No await comes before, so it is stored completely or not at all."""

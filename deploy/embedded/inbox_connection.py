@@ -88,30 +88,30 @@ class InboxConnection(SMTP):
     def _policy(self) -> Policy | None:
         return self._inbox.policy
 
-    async def smtp_EHLO(self, arg: str) -> None:  # noqa: N802
+    async def smtp_EHLO(self, arg: str) -> None:
         """Answer EHLO."""
         self.phase = "ehlo"
         self.visit.helo = arg or ""
         await super().smtp_EHLO(arg)
         self.phase = ""
 
-    async def smtp_AUTH(self, arg: str) -> None:  # noqa: N802
+    async def smtp_AUTH(self, arg: str) -> None:
         """Answer AUTH."""
         self.phase = "auth"
         await super().smtp_AUTH(arg)
 
-    async def smtp_MAIL(self, arg: str | None) -> None:  # noqa: N802
+    async def smtp_MAIL(self, arg: str | None) -> None:
         """Answer MAIL, and record its time."""
         self.mail_began_at = time.time()
         self.phase = "mail"
         await super().smtp_MAIL(arg)
 
-    async def smtp_RCPT(self, arg: str | None) -> None:  # noqa: N802
+    async def smtp_RCPT(self, arg: str | None) -> None:
         """Answer RCPT."""
         self.phase = "rcpt"
         await super().smtp_RCPT(arg)
 
-    async def smtp_DATA(self, arg: str) -> None:  # noqa: N802
+    async def smtp_DATA(self, arg: str) -> None:
         """Answer DATA."""
         self.phase = "data"
         await super().smtp_DATA(arg)

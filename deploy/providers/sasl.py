@@ -64,10 +64,11 @@ async def authenticate(
         return user if _has_password(accounts, user, secret) else None
     response = initial if initial is not None else await ask(b"")
     if mechanism == "PLAIN":
-        parts = _text(response).split("\0")
-        if len(parts) != 3:  # noqa: PLR2004 - RFC 4616: authzid, authcid, password
-            raise BadResponseError
-        return parts[1] if _has_password(accounts, parts[1], parts[2]) else None
+        # RFC 4616: authzid, authcid, password
+        match _text(response).split("\0"):
+            case [_, user, secret]:
+                return user if _has_password(accounts, user, secret) else None
+        raise BadResponseError
     user, token = _bearer(mechanism, _text(response))
     if accounts is None or _has_token(accounts, user, token):
         return user

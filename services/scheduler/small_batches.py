@@ -49,10 +49,11 @@ class _NoRenderer:
 
     def failures(
         self,
-        names: Sequence[str],  # noqa: ARG002 - as in RowRenderer
-        rows: Sequence[str | None],  # noqa: ARG002
-        max_bytes: int,  # noqa: ARG002
+        names: Sequence[str],
+        rows: Sequence[str | None],
+        max_bytes: int,
     ) -> dict[int, RowFailure]:
+        del names, rows, max_bytes
         raise _NotProvenError
 
     def close(self) -> None:

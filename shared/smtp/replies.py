@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from outbox_server.shared.smtp.phase import Phase
+from outbox_server.shared.smtp.reply_parser import CONTINUES, SUCCESS, TEMPORARY_REFUSAL
 from outbox_server.shared.smtp.reply_rule_file import built_in_rules, operator_rules
 from outbox_server.shared.smtp.reply_rules import Rule
 from outbox_server.shared.states import ReplyClass
@@ -125,9 +126,9 @@ class ReplyRules:
         breaks the protocol and says nothing about the mail, so it is TEMPORARY.
         """
         digit = reply.code // 100
-        if digit == 2:  # noqa: PLR2004
+        if digit == SUCCESS:
             return _TEMPORARY if reply.phase is Phase.DATA else _SENT
-        if digit == 3:  # noqa: PLR2004
+        if digit == CONTINUES:
             return _SENT if reply.phase in _CONTINUES else _TEMPORARY
         rules = self._rules.get((reply.phase, digit))
         if rules is None:
@@ -138,7 +139,7 @@ class ReplyRules:
         for rule, meaning in rules:
             if rule.matches(reply.code, enhanced, text, used=used):
                 return meaning
-        return _TEMPORARY if digit == 4 else _REFUSED  # noqa: PLR2004
+        return _TEMPORARY if digit == TEMPORARY_REFUSAL else _REFUSED
 
 
 def leaves_session_usable(code: int) -> bool:
@@ -147,7 +148,7 @@ def leaves_session_usable(code: int) -> bool:
     A 4xx reply may be about the session, and 503 says that the server has lost its state. Any other
     5xx reply is about the mail, or about a command that the server does not know.
     """
-    return code < 400 or (code >= 500 and code != _BAD_SEQUENCE)  # noqa: PLR2004
+    return code // 100 != TEMPORARY_REFUSAL and code != _BAD_SEQUENCE
 
 
 def lacks_auth_method(code: int) -> bool:

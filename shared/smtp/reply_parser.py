@@ -11,6 +11,10 @@ MAX_LINE_BYTES: Final = 8 * 1024
 MAX_REPLY_BYTES: Final = 32 * 1024
 # A line of a reply. The first digit of its code is as in RFC 5321, 4.2.1.
 _LINE: Final = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])[ \t]*+|(?=\r?\n))([^\n]*+)\n")
+# The first digit of a code.
+SUCCESS: Final = 2
+CONTINUES: Final = 3
+TEMPORARY_REFUSAL: Final = 4
 _START_INPUT: Final = 354
 
 
@@ -31,7 +35,7 @@ class WireReply(NamedTuple):
     @property
     def accepts(self) -> bool:
         """Whether the command was carried out."""
-        return 200 <= self.code < 300  # noqa: PLR2004
+        return self.code // 100 == SUCCESS
 
     @property
     def asks_for_body(self) -> bool:
@@ -41,7 +45,7 @@ class WireReply(NamedTuple):
     @property
     def refuses(self) -> bool:
         """Whether the command was refused, temporarily or permanently."""
-        return self.code >= 400  # noqa: PLR2004
+        return self.code // 100 >= TEMPORARY_REFUSAL
 
     def __str__(self) -> str:
         return f"{self.code} {self.text}"

@@ -111,7 +111,8 @@ class _Buffer(StringIO):
             self.refuse(-self.room)
         return _write(self, text)
 
-    def refuse(self, over: int) -> NoReturn:  # noqa: ARG002
+    def refuse(self, over: int) -> NoReturn:
+        del over
         raise TemplateLimitError("a captured text is too long")
 
 
@@ -126,7 +127,8 @@ class _Context(RenderContext):
     __slots__ = ()
     env: GuardedEnvironment
 
-    def get_buffer(self, buf: TextIO | None = None) -> StringIO:  # noqa: ARG002
+    def get_buffer(self, buf: TextIO | None = None) -> StringIO:
+        del buf
         # A captured text may be longer than the mail, because a filter may shorten it.
         budget = self.env.budget
         return _Buffer(budget, max(budget.output, self.env.local_namespace_limit))

@@ -182,7 +182,7 @@ async def redis_of(name: str, stores: Stores, folder: Path) -> AsyncIterator[str
 
 
 @pytest.mark.parametrize("name", ["stores", "sentinel"])
-async def test_the_pods_of_values_for_other_stores_send_mail(  # noqa: PLR0917
+async def test_the_pods_of_values_for_other_stores_send_mail(
     name: str,
     stores: Stores,
     secrets: dict[str, dict[str, str]],

@@ -188,7 +188,7 @@ class WatchedStatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
     def __init__(self) -> None:
         self.next = asyncio.Semaphore(1)
 
-    async def WatchSenderStats(  # noqa: N802 - the proto's name
+    async def WatchSenderStats(
         self, request: stats_service_pb2.WatchSenderStatsRequest, context: Any
     ) -> AsyncIterator[stats_service_pb2.WatchSenderStatsResponse]:
         del request, context

@@ -128,7 +128,7 @@ async def ready_dispatcher(
         (without_a_privilege, "postgresql: permission denied"),
     ],
 )
-async def test_a_store_that_answers_and_does_not_serve_is_reported_and_mail_goes_on_later(  # noqa: PLR0917
+async def test_a_store_that_answers_and_does_not_serve_is_reported_and_mail_goes_on_later(
     stores: Stores,
     new_database: Callable[[], str],
     redis_url: str,

@@ -47,11 +47,12 @@ from outbox_server.shared.user_quotas import UserQuotas
 class SuppressionImporter:
     """Suppresses the addresses of imports."""
 
-    def __init__(  # noqa: PLR0917 - each is another part of the server
+    def __init__(
         self,
         engine: AsyncEngine,
         loader: HeadLoader,
         changes: Changes,
+        *,
         quotas: UserQuotas,
         imports: ImportReader,
         least_rate: LeastRate,

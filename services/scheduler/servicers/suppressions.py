@@ -64,7 +64,9 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         self._loader = loader
         self._changes = changes
         self._quotas = quotas
-        self._importer = SuppressionImporter(engine, loader, changes, quotas, imports, least_rate)
+        self._importer = SuppressionImporter(
+            engine, loader, changes, quotas=quotas, imports=imports, least_rate=least_rate
+        )
         self._export_reads = export_reads
 
     async def CreateSuppression(

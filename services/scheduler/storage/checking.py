@@ -47,12 +47,13 @@ class CheckTransaction(IntakeTransaction):
     async def insert_batch(
         self,
         options: BatchOptions,
-        user_id: str,  # noqa: ARG002 - as in IntakeTransaction
-        variable_names: Sequence[str],  # noqa: ARG002
-        email_column: str = "",  # noqa: ARG002
-        trace_parent: str | None = None,  # noqa: ARG002
+        user_id: str,
+        variable_names: Sequence[str],
+        email_column: str = "",
+        trace_parent: str | None = None,
     ) -> BegunBatch | None:
         """Return when the batch would begin. It has no id."""
+        del user_id, variable_names, email_column, trace_parent
         now = (await self._connection.execute(select(func.now()))).scalar_one()
         return BegunBatch(0, max(options.schedule_time or now, now), now)
 
@@ -77,21 +78,22 @@ class CheckTransaction(IntakeTransaction):
 
     async def finish(
         self,
-        begun: BegunBatch,  # noqa: ARG002 - as in IntakeTransaction
+        begun: BegunBatch,
         sender: IntakeSender,
         counts: IntakeCounts,
         *,
-        last_due: datetime | None,  # noqa: ARG002
-        spacing: timedelta,  # noqa: ARG002
-        request_hash: bytes,  # noqa: ARG002
+        last_due: datetime | None,
+        spacing: timedelta,
+        request_hash: bytes,
         quotas: UserQuotas,
-        row_labels: bool = False,  # noqa: ARG002
+        row_labels: bool = False,
     ) -> FinishedBatch | None:
         """Check what an intake checks at its end.
 
         Raises:
             ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
         """
+        del begun, last_due, spacing, request_hash, row_labels
         if counts.accepted:
             await check_waiting_jobs(self._connection, sender.user_id, counts.accepted, quotas)
         there = select(Sender.id).where(Sender.id == sender.sender_id, Sender.deleted_at.is_(None))

@@ -76,7 +76,7 @@ class Spread:
     @property
     def spacing(self) -> timedelta:
         """The time between two mails, rounded to microseconds."""
-        if self.count < 2:  # noqa: PLR2004 - between two
+        if self.count <= 1:
             return timedelta(0)
         return (self.until - self.start) / (self.count - 1)
 
