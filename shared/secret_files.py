@@ -29,7 +29,7 @@ class SecretFiles(PydanticBaseSettingsSource):
         overrides: Mapping[str, Any],
         *variables: PydanticBaseSettingsSource,
     ) -> None:
-        """`variables` are the environment and `.env`; no file is read for one of `overrides`."""
+        """`variables` are the sources of variables; no file is read for one of `overrides`."""
         super().__init__(settings_cls)
         self._overrides = overrides
         self._given: dict[str, str] = {}

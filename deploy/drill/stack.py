@@ -52,7 +52,7 @@ _CLUSTER_SHARDS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class _Stores:
-    """What stands before the single servers in a production system."""
+    """The cluster and the pooler that a production system has in place of single servers."""
 
     cluster: ValkeyCluster
     pooler: PgBouncer

@@ -18,6 +18,6 @@ def key_in(folder: Path) -> str:
         return path.read_text().strip()
     except FileNotFoundError:
         pass
-    # Complete or not at all: passwords that are encrypted with half a key would be lost.
+    # Written completely or not at all: passwords encrypted with half a key would be lost.
     write_private(path, generate_key() + "\n")
     return path.read_text().strip()

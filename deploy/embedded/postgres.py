@@ -263,7 +263,7 @@ class PostgresServer(LocalServer):
         shutil.rmtree(fresh, ignore_errors=True)
         self._make_folder(fresh, user)
         argv: list[str | Path] = [binaries / "initdb", "--pgdata", _path_for(user, fresh)]
-        # Nobody, until there are passwords.
+        # Nobody may log in until there are passwords.
         argv += ["--auth=reject"]
         argv += [f"--username={SUPERUSER}", "--encoding=UTF8", "--locale=C", "--no-sync"]
         initdb = Child("initdb", argv, log=self._log, cwd=fresh, user=user)

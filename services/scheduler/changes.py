@@ -29,8 +29,8 @@ from outbox_server.shared.secrets import SecretBox
 M = TypeVar("M", bound=Message)
 
 _PURPOSE: Final = b"outbox change requests"
-# The first and the longest pause between two looks for the answer of another call, in seconds. They
-# get longer, so that many calls with one id cost little.
+# The first and the longest pause before the answer of another call is read again, in seconds. The
+# pauses get longer, so that many calls with one id cost little.
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 1.0
 # How long the request of a call that failed may take to be forgotten, in seconds.

@@ -63,8 +63,8 @@ MOST_EVENTS: Final = 100
 _MAPPED_AT_ONCE: Final = 10
 # No further request begins after this time. A request takes at most 20 s, so a lease suffices.
 _LONGEST_RUN_S: Final = 20.0
-# After work on a webhook, the place of its user rests this many times as long as the work took,
-# within limits. Otherwise a quick receiver would keep the process busy.
+# After work on a webhook, its user's place stays empty for a multiple of the time that
+# the work took, within limits. Otherwise a quick receiver would keep the process busy.
 _REST_RATIO: Final = 4
 _LEAST_REST_S: Final = 0.05
 _LONGEST_REST_S: Final = 0.25

@@ -159,7 +159,7 @@ def _history_statement() -> Select[Any]:
 
 
 def user_history_statement(user_ids: Sequence[str], reach: timedelta) -> Select[Any]:
-    """Return the same of all senders of these users together, by `user_id`."""
+    """Return the statement for the sends of all senders of these users, by `user_id`."""
     senders = select(Sender.id).where(Sender.user_id.in_(user_ids))
     of_attempt, of_job = Attempt.sender_id.in_(senders), EmailJob.sender_id.in_(senders)
     each = _history(of_attempt, of_job, literal(reach, INTERVAL))

@@ -378,7 +378,7 @@ def _not_implemented(message: str, reason: str, method: str) -> Status:
 
 
 def _forget_frames(error: BaseException) -> None:
-    """Let go of what the functions had that an error passed, such as the message of the call.
+    """Free the variables of the functions that an error passed through, such as the call's message.
 
     grpc.aio keeps the error of an aborted call in a reference cycle, which only a full collection
     frees. Until then, each refused request of 5 MiB would take up to 70 MB.

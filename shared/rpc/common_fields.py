@@ -34,9 +34,9 @@ _BY_TYPE: Final[Mapping[str, Callable[[Any, str], object]]] = {
 
 
 def raise_completed(error: InvalidInput | NotFound, request: Message) -> NoReturn:
-    """Raise `error` with the violations that the common fields of the request have besides.
+    """Raise `error`, together with the violations of the common fields of the request.
 
-    If there are any, they are raised instead of a NotFound: the id is not in the form of one.
+    Violations are raised in place of a NotFound, because an id that is malformed does not exist.
 
     Only fields of the request itself are checked, not those of its resources and options.
 
