@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from outbox_server.cli.client import read_endpoints
+from outbox_server.cli.addresses import read_endpoints
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
 from outbox_server.cli.terminal import note, say

@@ -10,7 +10,7 @@ import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.cli.client import ENDPOINTS, read_endpoints
+from outbox_server.cli.addresses import ENDPOINTS, read_endpoints
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.settings import load_settings

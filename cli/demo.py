@@ -14,7 +14,8 @@ import typer
 from outbox.v1.sender_pb2 import Sender
 from outbox_client import AsyncClient, CallError
 
-from outbox_server.cli.client import Address, failure_of
+from outbox_server.cli.addresses import Address
+from outbox_server.cli.call_errors import failure_of
 from outbox_server.cli.demo_report import SenderReport, report_on, to_document
 from outbox_server.cli.demo_run import Demo, ScheduledBatch
 from outbox_server.cli.foreground import run

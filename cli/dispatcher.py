@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
 
+from outbox_server.cli.addresses import read_endpoints
 from outbox_server.cli.change_options import ChangeOptions
-from outbox_server.cli.client import Server, connection, read_endpoints
+from outbox_server.cli.client import Server, connection
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import Filtering
 from outbox_server.cli.output import (

@@ -48,7 +48,7 @@ def health(
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from outbox_server.cli.client import reachable
+    from outbox_server.cli.addresses import reachable
     from outbox_server.shared.rpc.probes import REASON_KEY
     from outbox_server.shared.settings import load_settings
 

@@ -216,7 +216,7 @@ def _read() -> AgreedSettings | None:
 
 def _installation() -> Settings:
     """Return the settings of this environment, with the stores of `outbox up` if it runs here."""
-    from outbox_server.cli.client import read_endpoints
+    from outbox_server.cli.addresses import read_endpoints
 
     settings = load_settings()
     stack = None if "database_url" in settings.model_fields_set else read_endpoints()

@@ -33,13 +33,9 @@ from outbox_client import CallError, Client, InvalidArgument, PermissionDenied, 
 from rich.console import Console
 from rich.live import Live
 
-from outbox_server.cli.client import (
-    Server,
-    connection,
-    connection_to,
-    dispatcher_addresses,
-    in_brief,
-)
+from outbox_server.cli.addresses import dispatcher_addresses
+from outbox_server.cli.call_errors import in_brief
+from outbox_server.cli.client import Server, connection, connection_to
 from outbox_server.cli.client_options import CONNECTION_PANEL
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import User

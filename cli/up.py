@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from outbox_server.cli.client import ENDPOINTS
+from outbox_server.cli.addresses import ENDPOINTS
 from outbox_server.cli.foreground import run
 from outbox_server.cli.options import text_or_file
 from outbox_server.cli.output import Output, OutputFormat, print_json

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from outbox_server.cli.client import ENDPOINTS
+from outbox_server.cli.addresses import ENDPOINTS
 from outbox_server.cli.simulated_provider import (
     ProviderChoice,
     closing_of_steps,

@@ -10,16 +10,15 @@ import typer
 from outbox.v1 import server_service_pb2 as pb
 from outbox_client import NO_RETRIES, CallError, Client
 
-from outbox_server.cli.client import (
+from outbox_server.cli.addresses import (
     ENDPOINTS,
     Address,
-    Server,
-    failure_of,
     find_address,
-    in_brief,
     key_file_of,
     read_endpoints,
 )
+from outbox_server.cli.call_errors import failure_of, in_brief
+from outbox_server.cli.client import Server
 from outbox_server.cli.connection_check import SERVERS, channel_options
 from outbox_server.cli.credentials import credentials_for
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows, to_document

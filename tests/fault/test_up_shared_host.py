@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import pytest_asyncio
 
-from outbox_server.cli.client import read_endpoints
+from outbox_server.cli.addresses import read_endpoints
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.deploy.embedded.stack import Servers

@@ -20,7 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from outbox_server.cli import output
-from outbox_server.cli.client import find_address
+from outbox_server.cli.addresses import find_address
 from outbox_server.cli.demo_report import ExpectedMails, report_on, to_document
 from outbox_server.cli.main import OutboxGroup, app
 from outbox_server.cli.options import read_time

@@ -8,7 +8,8 @@ import grpc
 import pytest
 from outbox_client import CallError, DeadlineExceeded, InvalidArgument, Unavailable
 
-from outbox_server.cli.client import Address, describe, in_brief
+from outbox_server.cli.addresses import Address
+from outbox_server.cli.call_errors import describe, in_brief
 
 ADDRESS = Address("127.0.0.1:50051", "--server", "scheduler")
 
