@@ -17,6 +17,7 @@ from psycopg.rows import tuple_row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.storage import job_set_rows
+from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, change_part
 from outbox_server.shared.audit.recount import stats_mismatch
 from outbox_server.shared.audit.storage import count_missing, read_totals
 from outbox_server.shared.database.counts import batch_counts, sender_counts
@@ -24,9 +25,10 @@ from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.heads.statements import HISTORY_STATEMENT
 from outbox_server.shared.retention import storage
 from outbox_server.shared.retention.purging import PurgedRows, Purger, RemovalBusy
-from outbox_server.shared.retention.storage import OldRows
+from outbox_server.shared.retention.storage import OldRows, RemovedJobs
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import FINAL_STATES, PURGEABLE, AttemptOutcome, JobState
+from tests import retrying
 from tests.eventually import eventually
 from tests.retrying import retry_failed
 from tests.stats_stack import stats_server
@@ -307,12 +309,31 @@ async def test_jobs_that_are_retried_during_a_removal_are_not_lost(
     await asyncio.to_thread(installation.write, [OLD_FAILURES])
     (batch_id,) = installation.batches
 
+    # The first part of each comes before the second part of the other.
+    removed_part, retried_part = asyncio.Event(), asyncio.Event()
+    remove_jobs = storage.remove_jobs
+
+    async def remove(*arguments: Any) -> RemovedJobs:
+        if removed_part.is_set():
+            await retried_part.wait()
+        return await remove_jobs(*arguments)
+
+    async def change(*arguments: Any, **more: Any) -> ChangedJobs:
+        done = await change_part(*arguments, **more)
+        if done.jobs:
+            retried_part.set()
+        return done
+
+    monkeypatch.setattr(storage, "remove_jobs", remove)
+    monkeypatch.setattr(retrying, "change_part", change)
+
     async def work(engine: AsyncEngine) -> tuple[int, int]:
-        purger = Purger(engine, timedelta(hours=24), chunk=10)
+        purger = Purger(engine, timedelta(hours=24), chunk=10, report=lambda _: removed_part.set())
         async with asyncio.TaskGroup() as group:
             removing = group.create_task(purger.purge_once())
-            retrying = group.create_task(retry_failed(engine, "batch_id", batch_id))
-        return removing.result().jobs, retrying.result()
+            await removed_part.wait()
+            retries = group.create_task(retry_failed(engine, "batch_id", batch_id))
+        return removing.result().jobs, retries.result()
 
     removed, retried = await _on(database_url, work)
     assert removed + retried == 300
