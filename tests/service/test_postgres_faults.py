@@ -27,6 +27,7 @@ from structlog.testing import capture_logs
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import recovery as recovery_module
 from outbox_server.services.dispatcher import settler as settler_module
+from outbox_server.services.dispatcher.recovery import Recovery
 from outbox_server.shared.database.models import Base
 from outbox_server.shared.states import AttemptOutcome, JobState, SenderState
 from tests.conftest import Stores
@@ -168,13 +169,15 @@ async def test_a_mail_that_ended_during_a_postgresql_outage_past_its_lease_is_se
     stores: Stores,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(recovery_module, "GRACE", timedelta(seconds=3))
     # The recovery of leases runs long before the outcome is recorded.
     monkeypatch.setattr(settler_module, "_RETRY_S", 1.5)
+    searching = note_searches(monkeypatch)
     held = Wait()
     async with ScriptedServer({"body": [(held, Succeed())]}) as server:
-        settings = settings_of(options(database_url, redis_url, server.url, lease="1500ms"))
+        settings = settings_of(options(database_url, redis_url, server.url, lease="6s"))
         async with World(settings) as world, running(settings), running(settings):
+            # A dispatcher that began after the outage would not know of it.
+            await eventually(lambda: len(searching) == 2)
             [job] = await world.schedule(await world.sender())
             await eventually(lambda: server.waiting["body"] == 1)
             try:
@@ -182,7 +185,7 @@ async def test_a_mail_that_ended_during_a_postgresql_outage_past_its_lease_is_se
                     await stores.postgres.kill()
                     held.event.set()
                     await eventually(lambda: server.taken[0].answered)
-                    await eventually(lambda: time.time() > server.taken[0].started_at + 1.6)
+                    await eventually(lambda: time.time() > server.taken[0].started_at + 6.2)
                     # Both notice the outage. With a usual lease, an outage past the end of a lease
                     # is longer than their pauses.
                     await eventually(
@@ -194,6 +197,20 @@ async def test_a_mail_that_ended_during_a_postgresql_outage_past_its_lease_is_se
 
             assert jobs_in(server.taken) == {job: 1}
             assert [each.outcome for each in await world.attempts(job)] == [AttemptOutcome.SENT]
+
+
+def note_searches(monkeypatch: pytest.MonkeyPatch) -> set[Recovery]:
+    """Return those whose first search for expired leases has ended, also later on."""
+    found: set[Recovery] = set()
+    search = Recovery.recover_leases
+
+    async def noted(recovery: Recovery) -> timedelta:
+        pause = await search(recovery)
+        found.add(recovery)
+        return pause
+
+    monkeypatch.setattr(Recovery, "recover_leases", noted)
+    return found
 
 
 async def done(world: World) -> bool:
