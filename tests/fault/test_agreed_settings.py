@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from outbox_server.shared.agreed.storage import change_agreed
 from outbox_server.shared.agreed.values import AgreedValues
 from outbox_server.shared.states import JobState
 from tests.commands import run
-from tests.dispatchers import options, process, running, settings_of
+from tests.dispatchers import DispatcherProcess, options, process, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import Mail, World, at_least, gap_of, jobs_in, mails_of, most_of
@@ -157,7 +158,7 @@ async def test_one_shard_then_four_then_one_while_mail_is_sent(
         for sent, shards in ((24, "4"), (64, "1")):
             await eventually(partial(at_least, sent, inbox.mails))
             # It goes on with the old shards when the other one has loaded the new ones.
-            paused.pause()
+            await pause_between_transactions(paused, world)
             done = await asyncio.to_thread(run, ["settings", "set", "--shards", shards])
             paused.resume()
             assert done.exit_code == 0, done.stderr
@@ -170,6 +171,30 @@ async def test_one_shard_then_four_then_one_while_mail_is_sent(
         assert most_of(inbox.mails, sender, settings_of(values).rate_window) <= limit
     assert set(jobs_in(inbox.mails).values()) == {1}
     assert len(inbox.mails) == 128
+
+
+async def pause_between_transactions(paused: DispatcherProcess, world: World) -> None:
+    """Pause a process while it has no transaction, whose locks the other processes would wait for.
+
+    A transaction that stays open may be one of the others that is slow. Then this is tried again.
+    """
+    while True:
+        paused.pause()
+        kept = await transactions(world)
+        await asyncio.sleep(0.5)
+        if not kept & await transactions(world):
+            return
+        paused.resume()
+        await asyncio.sleep(0.1)
+
+
+async def transactions(world: World) -> set[tuple[int, datetime]]:
+    """Return the transactions that are open: the process of PostgreSQL, and the start of each."""
+    rows = await world.sql(
+        "SELECT pid, xact_start FROM pg_stat_activity"
+        " WHERE datname = current_database() AND xact_start IS NOT NULL AND pid <> pg_backend_pid()"
+    )
+    return {(row.pid, row.xact_start) for row in rows}
 
 
 async def test_a_send_in_flight_during_a_change_ends_for_the_next_key_space_too(
