@@ -4,6 +4,8 @@ Ann makes a few calls one after the other. Eve, in a process of her own, does wh
 down. Her process is stopped and continued in turns, so that quiet and loaded figures are of the
 same minute. It has the lowest priority, so that her client takes no processor from the servers.
 The kind `processor` is for comparison: without a call, two cores are busy at the usual priority.
+
+The last column is what the scheduler, PostgreSQL and Eve's process use of a core, quiet and beside.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from bench.floods import CONTROL, KINDS, Call, Client, Eve
+from bench.processor_time import processor_seconds
 from bench.world import BenchStack, world
 from outbox_server.deploy.certificates import self_signed
 from outbox_server.shared.auth.keys import ApiKeyKind, make_key
@@ -48,17 +51,34 @@ async def _measure(ann: Client, found: dict[str, list[float]]) -> None:
             await asyncio.sleep(_PAUSE_S)
 
 
-async def _beside(ann: Client, eve: subprocess.Popen[bytes]) -> tuple[Any, Any]:
-    """Return Ann's latencies in ms, by method: while Eve is stopped, and while she is not."""
+async def _beside(
+    ann: Client, eve: subprocess.Popen[bytes], servers: Mapping[str, int]
+) -> tuple[Any, Any, str]:
+    """Return Ann's latencies in ms, by method: while Eve is stopped, and while she is not.
+
+    Also return what `servers` and Eve use of a core, as a text.
+    """
     quiet, loaded = ({name: list[float]() for name in _METHODS} for _ in range(2))
+    pids = {**servers, "eve": eve.pid}
+    used: dict[signal.Signals, dict[str, float]] = {}
     for _ in range(_ROUNDS):
         for found, state in ((quiet, signal.SIGSTOP), (loaded, signal.SIGCONT)):
             if eve.poll() is not None:
                 raise SystemExit("Eve's process ended")
             eve.send_signal(state)
             await asyncio.sleep(_SETTLE_S)
+            before, began = processor_seconds(pids), time.monotonic()
             await _measure(ann, found)
-    return quiet, loaded
+            total = used.setdefault(state, dict.fromkeys((*pids, "time"), 0.0))
+            total["time"] += time.monotonic() - began
+            for name, seconds in processor_seconds(pids).items():
+                total[name] += seconds - before[name]
+    shares = (
+        f"{name} {used[signal.SIGSTOP][name] / used[signal.SIGSTOP]['time']:.2f}"
+        f" -> {used[signal.SIGCONT][name] / used[signal.SIGCONT]['time']:.2f}"
+        for name in pids
+    )
+    return quiet, loaded, ", ".join(shares)
 
 
 async def _keys(stack: BenchStack) -> list[str]:
@@ -101,8 +121,14 @@ async def _run(kinds: Sequence[str]) -> None:
             scheduler_listen=stack.scheduler,
             stats_listen=stack.stats,
         )
-        for service in ("scheduler", "stats"):
-            opened.enter_context(_running(f"outbox_server.services.{service}", env=env))
+        children = {
+            service: opened.enter_context(_running(f"outbox_server.services.{service}", env=env))
+            for service in ("scheduler", "stats")
+        }
+        pids = {
+            "scheduler": children["scheduler"].pid,
+            "postgresql": stack.stores["postgresql"],
+        }
         servers = (stack.scheduler, stack.stats)
         ann = Client(*servers, ann_key, certificate.public.read_bytes())
         await ann.open()
@@ -112,10 +138,9 @@ async def _run(kinds: Sequence[str]) -> None:
             argv = ("bench.neighbours", "--eve", kind, *servers, str(certificate.public))
             with _running(*argv, env={"EVE_KEY": eve_key}) as eve:
                 await asyncio.sleep(2 * _SETTLE_S)
-                quiet, loaded = await _beside(ann, eve)
-            print(
-                f"{kind:<12}" + "".join(_shown(quiet[n], loaded[n]) for n in _METHODS), flush=True
-            )
+                quiet, loaded, shares = await _beside(ann, eve, pids)
+            latencies = "".join(_shown(quiet[n], loaded[n]) for n in _METHODS)
+            print(f"{kind:<12}{latencies}  {shares}", flush=True)
 
 
 def _shown(quiet: list[float], loaded: list[float]) -> str:
