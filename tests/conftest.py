@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 TEMPLATE = "outbox_template"
 DATABASE = "outbox_test"
-# The size of the tables from which on their files are made anew between two tests.
-_MOST_PAGES_BYTES = 4_000_000
+# Between two tests, the files of the tables are made anew if they have more bytes together.
+_MOST_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _delete_rows(_run_database: str) -> Iterator[Callable[[], object]]:
     statement = sql.SQL(
         "DO $$ BEGIN IF (SELECT sum(pg_relation_size(oid)) FROM pg_class WHERE relkind = 'r'"
         " AND relnamespace = 'public'::regnamespace) > {} THEN TRUNCATE {}; ELSE {}; END IF; END $$"
-    ).format(sql.Literal(_MOST_PAGES_BYTES), sql.SQL(", ").join(tables), delete)
+    ).format(sql.Literal(_MOST_BYTES), sql.SQL(", ").join(tables), delete)
     connection = KeptConnection(_run_database)
     yield lambda: connection.execute(statement)
     connection.close()
