@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -32,6 +33,9 @@ _SLACK = timedelta(milliseconds=20)
 # is tried every 0.2 s. One case remains: PostgreSQL hangs without an error from those 6 s before
 # the end of a lease until less than `_HANGS` after it. Then the first statement that runs decides.
 # At worst the mail is in doubt, as after the death of a dispatcher.
+#
+# A dispatcher that starts cannot know whether an outage has just ended. So it gives others the same
+# time, but no more than a sixth of a lease.
 GRACE = timedelta(seconds=10)
 _HANGS = timedelta(seconds=2)
 # How often one of the dispatchers does a part of the patrol (shared/heads/patrol.py).
@@ -63,9 +67,12 @@ class Recovery:
         self._outage_handled = True
         # Whether the last search gave `GRACE`. If PostgreSQL is always slow, it is given only once.
         self._gave_grace = False
+        # Until when others get time after the start, by `time.monotonic`.
+        self._grace_until = -math.inf
 
     async def run(self) -> None:
         """Recover until cancelled."""
+        self._grace_until = time.monotonic() + min(GRACE, self._lease / 6).total_seconds()
         async with asyncio.TaskGroup() as group:
             for name, step in (
                 ("lease recovery", self.recover_leases),
@@ -100,11 +107,15 @@ class Recovery:
                 # The marker is for the case that Redis cannot be reached, or this process dies,
                 # before the load below.
                 await mark_stale(connection, senders)
-            if senders and not self._outage_handled:
-                # The statements have shown that PostgreSQL can write again. Now wait for `GRACE`.
+            grace = timedelta(seconds=max(self._grace_until - asked, 0))
+            if not self._outage_handled:
+                grace = GRACE
+            if senders and grace:
+                # The statements have shown that PostgreSQL can write again. Now others record what
+                # they sent.
                 await connection.rollback()
                 self._outage_handled = self._gave_grace = True
-                return GRACE
+                return grace
             await connection.commit()
         self._gave_grace = False
         if senders:

@@ -256,6 +256,42 @@ async def test_a_dispatcher_that_sent_while_postgresql_hung_gets_time_to_record_
         assert (await world.job(job)).state == state
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+async def test_a_dispatcher_that_starts_gives_others_time_to_record_what_they_sent(
+    world: World, connection: AsyncConnection, monkeypatch: pytest.MonkeyPatch, *, recorded: bool
+) -> None:
+    """An outage that ended just before the start has kept others from recording."""
+    # The shorter time is over at the second search.
+    grace = timedelta(seconds=10) if recorded else timedelta(seconds=0.5)
+    monkeypatch.setattr(recovery_module, "GRACE", grace)
+    [job] = await world.schedule(await world.sender(), load=False)
+    marked = await mark(connection, [job], lease=OVER)
+    recovery = Recovery(world.settings, world.engine, world.loader)
+    pauses: asyncio.Queue[timedelta] = asyncio.Queue()
+    search = recovery.recover_leases
+
+    async def noted() -> timedelta:
+        pause = await search()
+        pauses.put_nowait(pause)
+        return pause
+
+    monkeypatch.setattr(recovery, "recover_leases", noted)
+    running = asyncio.create_task(recovery.run())
+    try:
+        async with asyncio.timeout(PATIENCE):
+            assert timedelta(0) < await pauses.get() <= grace
+            assert (await world.job(job)).state == JobState.SENDING
+            if recorded:
+                assert set(await settle(connection, [record_of(marked[job])])) == {job}
+            else:
+                await pauses.get()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    after = JobState.SENT if recorded else JobState.SCHEDULED
+    assert (await world.job(job)).state == after
+
+
 class CancellationLosingLoader(HeadLoader):
     """Loses a cancellation, as redis-py does on Python 3.11 if it arrives with an answer."""
 
