@@ -31,6 +31,13 @@ _IGNORED: Final = (
 CONTRACT: Final = frozenset({"ban-drop-column", "ban-drop-table"})
 # Statements of the migrating session itself.
 _OURS: Final = re.compile(r"\s*(SELECT|SET)\b|.*\balembic_version\b", re.DOTALL)
+_LOCKED: Final = """
+    SELECT relname FROM pg_locks JOIN pg_class ON pg_class.oid = relation
+    WHERE pid = pg_backend_pid() AND mode IN ('AccessExclusiveLock', 'ShareRowExclusiveLock')
+        AND relkind = 'r' AND relnamespace = 'public'::regnamespace
+"""
+_CREATED: Final = re.compile(r"\s*CREATE TABLE (\w+)")
+_LOCKS: Final = re.compile(r"LOCK TABLE (.*) IN ACCESS EXCLUSIVE MODE")
 _MOVES_DATA: Final = re.compile(r"\s*(UPDATE|DELETE)\b", re.IGNORECASE)
 
 
@@ -74,6 +81,38 @@ def recorded_statements() -> Iterator[tuple[Mapping[str, list[str]], Any]]:
         kept = [one for n, one in enumerate(current) if one != "BEGIN" or n == first]
         found[revision] = [*kept, "COMMIT"] if first is not None else kept
         current.clear()
+
+    event.listen(Engine, "before_cursor_execute", record)
+    try:
+        yield found, say
+    finally:
+        event.remove(Engine, "before_cursor_execute", record)
+
+
+@contextmanager
+def recorded_locks() -> Iterator[tuple[Mapping[str, tuple[set[str], set[str]]], Any]]:
+    """Record which existing tables each migration locks: in all, and by its first statement.
+
+    The second value is `say` for `migrate`.
+    """
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    locked: set[str] = set()
+    statements: list[str] = []
+
+    def record(connection: Any, cursor: Any, statement: str, parameters: Any, *_: object) -> None:
+        del cursor, parameters
+        if not _OURS.match(statement):
+            statements.append(statement)
+        elif statement.lstrip().startswith("UPDATE"):
+            locked.update(name for (name,) in connection.connection.execute(_LOCKED))
+
+    def say(line: str) -> None:
+        created = {match[1] for one in statements if (match := _CREATED.match(one))}
+        first = _LOCKS.fullmatch(statements[0]) if statements else None
+        names = set(first[1].split(", ")) if first else set[str]()
+        found[line.partition(":")[0]] = (locked - created, names)
+        locked.clear()
+        statements.clear()
 
     event.listen(Engine, "before_cursor_execute", record)
     try:

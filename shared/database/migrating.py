@@ -7,6 +7,8 @@ migration that was interrupted is run again by the next call.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +34,16 @@ from outbox_server.shared.errors import OutboxError
 # All writers of a table wait while a migration waits for its lock, so together with the statement
 # itself this must stay below one second.
 LOCK_TIMEOUT_MS: Final = 500
+# How long the tries wait for a lock, one after the other, from the start again after the last. A
+# migration that has locked one table and waits for another may block the transaction that it waits
+# for. A longer wait does not help then, but another try does: most tries are short. The long ones
+# are for transactions that hold their locks for longer.
+_WAITS_MS: Final = (*(20,) * 8, *(50,) * 4, *(100,) * 2, 200, LOCK_TIMEOUT_MS)
+# The pause after a try, in which the others go on, is this many times as long as its wait.
+_PAUSES: Final = 2
+# Locked tables are reported at most this often.
+_REPORT_S: Final = 1.0
 PATIENCE: Final = timedelta(minutes=10)
-_PAUSE_S: Final = 1.0
 _POLL_S: Final = 0.2
 # Any constant. The session that holds this advisory lock migrates.
 _ADVISORY_LOCK: Final = 7_402_311_915
@@ -106,7 +116,11 @@ def migrate(
             present.check(head)
             say(f"the schema is at revision {present.revision}, newer than this release: it stays")
             return Migrated(present.revision, present.revision)
+        waits, report_at = itertools.cycle(_WAITS_MS), -math.inf
         while True:
+            wait_ms = next(waits)
+            connection.execute(text(f"SET lock_timeout = {wait_ms}"))
+            connection.commit()
             try:
                 command.upgrade(config, revision)
             except DBAPIError as error:
@@ -114,13 +128,16 @@ def migrate(
                     raise
                 connection.rollback()
                 cause = f"a table is locked{_holder(connection)}"
-                if time.monotonic() >= end:
+                now = time.monotonic()
+                if now >= end:
                     raise MigrationBlockedError(
                         f"{cause}, and was for {patience.total_seconds():g} s: end that "
                         "transaction, or migrate later; finished migrations are kept"
                     ) from None
-                say(f"{cause}; trying again")
-                time.sleep(_PAUSE_S)
+                if now >= report_at:
+                    say(f"{cause}; trying again")
+                    report_at = now + _REPORT_S
+                time.sleep(_PAUSES * wait_ms / 1000)
             else:
                 return Migrated(present.revision, _revision(connection).revision)
 

@@ -24,6 +24,16 @@ _PROGRESS: Final = """
 """
 
 
+def lock_tables(*names: str) -> None:
+    """Lock all existing tables that a migration changes. It is the first step of the migration.
+
+    The tables that others refer to come last. A statement that inserts rows locks its own table
+    first, and then those that it reads. So in this order, no statement holds a table that the
+    migration needs while it waits for one that the migration has.
+    """
+    op.execute(f"LOCK TABLE {', '.join(names)} IN ACCESS EXCLUSIVE MODE")
+
+
 def create_index_concurrently(
     name: str, table: str, columns: Sequence[Any], **options: Any
 ) -> None:

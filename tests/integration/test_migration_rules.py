@@ -9,9 +9,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from bench.migration import FIRST
 from outbox_server.shared.database.migrating import migrate
 from release.revisions import all_revisions, released_revisions
-from tests.migration_rules import CONTRACT, broken_rules, recorded_statements
+from tests.migration_rules import CONTRACT, broken_rules, recorded_locks, recorded_statements
 from tests.release_after import VERSIONS, contract_step
 
 LAST_RELEASED = list(released_revisions().values())[-1]
@@ -57,6 +58,25 @@ def test_every_migration_after_the_last_release_keeps_that_release_running(
     # The contract step of the next release is recognized as one.
     assert broken_rules(statements["9005"]) == {"ban-drop-column"}
     assert oldest_revision("9004", VERSIONS) is None
+
+
+def test_a_migration_that_changes_several_tables_locks_all_of_them_first(
+    new_database: Callable[[], str],
+) -> None:
+    """Otherwise it may wait for a writer that waits for it, in every try."""
+    url = new_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    migrate(url, revision=FIRST)
+    with recorded_locks() as (locks, say):
+        migrate(url, say=say, more_versions=VERSIONS)
+    several = {
+        revision: (locked, first) for revision, (locked, first) in locks.items() if len(locked) > 1
+    }
+    assert several["9001"] == ({"attempts", "email_jobs"}, {"attempts", "email_jobs"})
+    for revision, (locked, first) in several.items():
+        assert locked == first, f"{revision} lacks lock_tables{tuple(sorted(locked))}"
 
 
 @pytest.mark.parametrize(

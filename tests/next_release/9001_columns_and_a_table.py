@@ -6,12 +6,14 @@ import sqlalchemy as sa
 from alembic import op
 
 from outbox_server.shared.database import schema
+from outbox_server.shared.database.online_steps import lock_tables
 
 revision = "9001"
 down_revision = schema.REVISION
 
 
 def upgrade() -> None:
+    lock_tables("attempts", "email_jobs")
     op.add_column("email_jobs", sa.Column("next_note", sa.Text(), nullable=True))
     op.add_column(
         "email_jobs", sa.Column("next_rank", sa.SmallInteger(), server_default="1", nullable=False)

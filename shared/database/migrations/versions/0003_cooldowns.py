@@ -6,6 +6,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
+from outbox_server.shared.database.online_steps import lock_tables
+
 revision = "0003"
 down_revision = "0002"
 
@@ -13,6 +15,7 @@ _TIME = TIMESTAMP(timezone=True)
 
 
 def upgrade() -> None:
+    lock_tables("attempts", "email_jobs", "senders")
     # Columns without a default change only the catalog, so this is fast for any number of rows.
     op.add_column("email_jobs", sa.Column("deferred_since", _TIME, nullable=True))
     op.add_column("attempts", sa.Column("reply_class", sa.SmallInteger(), nullable=True))

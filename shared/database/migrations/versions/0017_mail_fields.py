@@ -6,11 +6,14 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
+from outbox_server.shared.database.online_steps import lock_tables
+
 revision = "0017"
 down_revision = "0016"
 
 
 def upgrade() -> None:
+    lock_tables("email_jobs", "batches")
     # Columns without a default, or with a constant one, change only the catalog.
     op.add_column("batches", sa.Column("reply_to", sa.Text(), nullable=True))
     op.add_column("batches", sa.Column("headers", JSONB(), nullable=True))

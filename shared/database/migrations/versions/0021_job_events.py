@@ -6,6 +6,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
+from outbox_server.shared.database.online_steps import lock_tables
+
 revision = "0021"
 down_revision = "0020"
 
@@ -58,6 +60,7 @@ DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION outbox_record_batch_
 
 
 def upgrade() -> None:
+    lock_tables("email_jobs", "batches")
     op.create_table(
         "job_events",
         sa.Column("id", sa.BigInteger(), sa.Identity(), nullable=False),

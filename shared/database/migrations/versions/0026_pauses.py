@@ -6,11 +6,14 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
+from outbox_server.shared.database.online_steps import lock_tables
+
 revision = "0026"
 down_revision = "0025"
 
 
 def upgrade() -> None:
+    lock_tables("batches", "senders")
     # Nullable columns, and constant defaults, change only the catalog.
     time = TIMESTAMP(timezone=True)
     op.add_column("senders", sa.Column("paused_until", time, nullable=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from outbox_server.shared.database.online_steps import lock_tables
+
 revision = "0028"
 down_revision = "0027"
 
@@ -44,6 +46,7 @@ _TRIGGERS = (
 
 
 def upgrade() -> None:
+    lock_tables("users", "webhooks", "suppressions")
     # Nullable columns change only the catalog.
     for name in ("stored_events", "suppressions", "webhooks"):
         op.add_column("users", sa.Column(name, sa.BigInteger(), nullable=True))
