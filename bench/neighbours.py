@@ -34,8 +34,8 @@ from outbox_server.shared.secrets import generate_key
 from outbox_server.shared.settings import load_settings
 
 # Ann's calls of each kind in a round, quiet and loaded.
-_CALLS: Final = 50
-_ROUNDS: Final = 4
+_CALLS: Final = 75
+_ROUNDS: Final = 8
 # Between two of Ann's calls, and until Eve's flood has begun or ended.
 _PAUSE_S, _SETTLE_S = 0.005, 1.5
 _METHODS: Final = ("GetSender", "ScheduleBatch", "GetSenderStats")

@@ -4,7 +4,7 @@ All threads of a process share one interpreter, which the event loop needs for e
 The more threads compute, the longer it waits for each step, and they are no faster together. So
 one thread computes at a time. It passes its turn on after some rows, and gives it back while it
 waits for something, such as the caller's data. While other users call, it rests after some rows for
-as long as it took to read them, unless others read as well.
+REST_RATIO times as long as it took to read them, unless others read as well.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from typing import Final
 
 from outbox_server.shared.fair_shares import Claimant
+from outbox_server.shared.turns import REST_RATIO
 
 # The longest rest after some rows, in seconds.
-_LONGEST_REST_S: Final = 0.005
+_LONGEST_REST_S: Final = 0.015
 
 
 class ReadingTurns:
@@ -102,7 +103,7 @@ class _Turn:
     def pass_on(self) -> None:
         if self._others_call() and not self._turns.others_wait(self._owner):
             # Their calls need the interpreter. The turn is kept, for the user's other threads.
-            time.sleep(min(time.monotonic() - self._began, _LONGEST_REST_S))
+            time.sleep(min(REST_RATIO * (time.monotonic() - self._began), _LONGEST_REST_S))
         self.give()
         self.take()
 

@@ -49,11 +49,12 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import NewJobs
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import SuppressionForm
+from outbox_server.shared.turns import REST_RATIO
 
 # How many groups a call joins, at most, while its user or request is locked.
 _TRIES: Final = 3
 # The longest rest after a group of claimants with many calls, in seconds.
-_LONGEST_REST_S: Final = 0.02
+_LONGEST_REST_S: Final = 0.06
 # For how long such a group waits for one of others that is being written, in seconds.
 _GIVES_WAY_S: Final = 0.01
 # The longest time that a group may take, so that later calls do not wait for ever.
@@ -202,7 +203,8 @@ class GroupCommit:
                             self._begin_writing()
                             if many and queue.several_call(now()):
                                 # Others need the event loop and PostgreSQL as well.
-                                await asyncio.sleep(min(now() - began, _LONGEST_REST_S))
+                                rest = REST_RATIO * (now() - began)
+                                await asyncio.sleep(min(rest, _LONGEST_REST_S))
                 except Exception as error:  # noqa: BLE001 - each call finds out by itself
                     _log.warning(
                         "group_not_stored",

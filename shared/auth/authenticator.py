@@ -41,7 +41,7 @@ _CACHE_SIZE: Final = 10_000
 _UNKNOWN_AT_ONCE: Final = 4
 # How long the place of a key that does not exist rests, in seconds. Without it, made-up keys could
 # take all of the server's time. Keys that exist wait a little longer for their first look-up.
-_REST_S: Final = 0.01
+_REST_S: Final = 0.02
 
 _HEADER: Final = "authorization"
 _SCHEME: Final = "bearer"
