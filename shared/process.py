@@ -15,6 +15,7 @@ import structlog
 import uvloop
 
 from outbox_server.shared.errors import ConfigurationError, leaves
+from outbox_server.shared.garbage import ShortCollections
 from outbox_server.shared.logs import configure_logging
 from outbox_server.shared.loops import as_coroutine
 from outbox_server.shared.settings import Settings, load_settings
@@ -41,9 +42,7 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     if not structlog.is_configured():
         # By default structlog writes to stdout, and traces contain the locals of every frame.
         configure_logging(Settings.model_construct())
-    # Imported modules are never garbage, and a full collection that examines them stops the event
-    # loop for 0.1 s.
-    gc.freeze()
+    ShortCollections().start()
     # `services.starting` turns collections off while it imports modules.
     gc.enable()
     sys.setswitchinterval(SWITCH_S)
