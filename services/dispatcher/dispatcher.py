@@ -261,7 +261,8 @@ class Dispatcher:
                 await listener.wait(HEARTBEAT)
                 continue
             claimed_at = time.monotonic()
-            claimed = await self._claim(queue, slots + ahead)
+            with self._slots.claiming(slots):
+                claimed = await self._claim(queue, slots + ahead)
             # It is not awaited, so that jobs that become eligible meanwhile do not wait.
             self._head_loads.begin(queue, claimed)
             self._loader.learn_routes(queue, (claim.sender_id for claim in claimed.claims))

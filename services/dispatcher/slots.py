@@ -23,7 +23,8 @@ import asyncio
 import heapq
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -83,6 +84,8 @@ class Slots:
         self._room = False
         self._ahead = ClaimsAhead(total, clock)
         self._in_flight = 0
+        # Slots that a claim in progress has taken. No job is marked for them yet.
+        self._claiming = 0
         # Slots that count twice, because one statement ends one send and marks the next.
         self._handed_over = 0
         # Slots of claims that were not marked and whose return to the queue is not settled yet.
@@ -113,7 +116,7 @@ class Slots:
         A slot that passes from a send that has ended to the next job, in the statement that records
         the one and marks the other, counts once: only one of them may be in doubt after a crash.
         """
-        return self._in_flight - self._handed_over - self._returning
+        return self._in_flight - self._claiming - self._handed_over - self._returning
 
     @property
     def excess(self) -> int:
@@ -143,6 +146,15 @@ class Slots:
             self._free.clear()
             await self._free.wait()
         return 0
+
+    @contextmanager
+    def claiming(self, number: int) -> Iterator[None]:
+        """Do not count `number` slots that `take_free` took as jobs in flight, during a claim."""
+        self._claiming += number
+        try:
+            yield
+        finally:
+            self._claiming -= number
 
     def take_ahead(self) -> int:
         """Return how many jobs more than there are free slots a claim may take now.

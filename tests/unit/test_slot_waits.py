@@ -36,6 +36,13 @@ def slots(clock: Clock) -> Slots:
 # Slots ---------------------------------------------------------------------------------------
 
 
+async def test_the_slots_of_a_claim_in_progress_are_not_in_flight(slots: Slots) -> None:
+    taken = await slots.take_free()
+    with slots.claiming(taken):
+        assert slots.in_flight == 0
+    assert slots.in_flight == taken == 5
+
+
 async def test_all_free_slots_are_taken_at_once(slots: Slots) -> None:
     assert await slots.take_free() == 5
     assert slots.in_flight == 5
