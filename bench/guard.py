@@ -41,11 +41,6 @@ from outbox_server.shared.database.migrating import migrate
 RECORDED: Final = Path(__file__).with_name("guard.json")
 # How often the recorded cost is allowed: below 1.5, which is a third of the speed.
 MARGIN: Final = 1.4
-# The programs that take part in each mail. What all of them cost more, the machine may have caused:
-# the same code cost 1.7 times its record in each of them while other machines used the same host,
-# and no loop of `crowding` showed it. Up to this factor it does not count.
-_PROGRAMS: Final = ("dispatcher", "postgresql", "redis")
-_MACHINE: Final = 1.5
 # Below this part of it, the record is out of date, and a loss could hide behind it.
 _FASTER: Final = 0.65
 _TRIES: Final = 3
@@ -64,16 +59,7 @@ Ratios = Mapping[str, float]
 def exceeded(tries: Sequence[Ratios], recorded: Ratios) -> dict[str, float]:
     """Return the ratios that were above the limit in every try, each at its lowest."""
     lowest = {name: min(one[name] for one in tries) for name in recorded}
-    margin = MARGIN * _of_the_machine(lowest, recorded)
-    return {name: value for name, value in lowest.items() if value > recorded[name] * margin}
-
-
-def _of_the_machine(lowest: Ratios, recorded: Ratios) -> float:
-    """Return how much of the cost is probably due to the machine."""
-    if not set(_PROGRAMS) <= set(recorded):
-        return 1.0
-    all_cost = min(lowest[name] / recorded[name] for name in _PROGRAMS)
-    return min(max(all_cost, 1.0), _MACHINE)
+    return {name: value for name, value in lowest.items() if value > recorded[name] * MARGIN}
 
 
 def outdated(tries: Sequence[Ratios], recorded: Ratios) -> list[str]:
@@ -191,7 +177,7 @@ def main() -> int:
     for name, value in too_much.items():
         print(
             f"{name} costs {value:.2f} times its probe in the best of {len(tries)} tries; allowed "
-            f"was {MARGIN} times the record of {recorded[name]}, and more if all parts cost more"
+            f"is {recorded[name] * MARGIN:.2f}, {MARGIN} times the record of {recorded[name]}"
         )
     return 1 if too_much else 0
 

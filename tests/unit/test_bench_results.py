@@ -52,22 +52,6 @@ def test_the_guard_notices_the_loss_of_a_third_of_the_speed() -> None:
     assert exceeded([slower, slower], recorded) == {"dispatcher": 15.0}
 
 
-@pytest.mark.parametrize(
-    ("dispatcher", "postgresql", "redis", "refused"),
-    [
-        (15.0, 3.0, 2.0, {"dispatcher"}),
-        (17.0, 5.1, 3.4, set()),
-        (22.0, 6.6, 4.4, {"dispatcher", "postgresql", "redis"}),
-    ],
-)
-def test_the_guard_forgives_what_all_programs_cost_more_up_to_a_limit(
-    dispatcher: float, postgresql: float, redis: float, refused: set[str]
-) -> None:
-    recorded = {"dispatcher": 10.0, "postgresql": 3.0, "redis": 2.0}
-    found = {"dispatcher": dispatcher, "postgresql": postgresql, "redis": redis}
-    assert set(exceeded([found], recorded)) == refused
-
-
 def test_the_guard_forgives_a_try_that_other_work_has_disturbed() -> None:
     recorded = {"dispatcher": 10.0}
     assert exceeded([{"dispatcher": 40.0}, {"dispatcher": 10.0 * MARGIN}], recorded) == {}
